@@ -1,0 +1,48 @@
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+# Two replicas on any machine, for the tests of tf.distribute.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean_keras():
+    yield
+    keras.backend.clear_session()
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def golden():
+    """Reference values computed elsewhere."""
+    name = "dropmax_golden.npz"
+    folder = os.environ.get("TF_DROPMAX_DATA")
+    if not folder:
+        pytest.skip(f"TF_DROPMAX_DATA is not set: it should name a folder with {name} in or below it")
+    found = sorted(Path(folder).rglob(name))
+    if not found:
+        pytest.skip(f"no {name} in or below TF_DROPMAX_DATA={folder}")
+    return dict(np.load(found[0]))
+
+
+@pytest.fixture
+def blobs():
+    """A small learnable problem: 4 classes, 160 rows, 6 features."""
+    rng = np.random.default_rng(1)
+    centres = rng.normal(size=(4, 6))
+    y = np.arange(160) % 4
+    return (centres[y] + 0.3 * rng.normal(size=(160, 6))).astype("float32"), y

@@ -1,0 +1,212 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, functional, predict_mode
+
+MODES = ["expected", "sampled", "exact", "softmax"]
+
+
+@pytest.fixture(params=[{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}], ids=str)
+def trained(request, blobs):
+    x, y = blobs
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "relu"), DropMaxHead(4, seed=1)])
+    model.compile(keras.optimizers.Adam(0.02), DropMaxLoss(), metrics=["accuracy"], **request.param)
+    model.fit(x, y, epochs=2, verbose=0)
+    return model, x, y
+
+
+def reference(model, x, mode):
+    """What each deterministic mode must give, by the pure functions."""
+    features = model.layers[0](x)
+    head = model.layers[1]
+    logits = features @ head.kernel + head.bias
+    retain_logits = features @ head.retain_kernel + head.retain_bias
+    return functional.softmax(logits) if mode == "softmax" else getattr(functional, mode)(logits, retain_logits)
+
+
+def count_traces(model):
+    """Counts how often the model's Python code runs from here on."""
+    traces = []
+    call = model.layers[-1].call
+    model.layers[-1].call = lambda *args, **kwargs: traces.append(1) or call(*args, **kwargs)
+    return traces
+
+
+def test_predict(trained):
+    model, x, _ = trained
+    first = model.predict(x, verbose=0)
+    retraced = count_traces(model)
+    outputs = {mode: model.predict(x, verbose=0, callbacks=[DropMaxPredict(mode, samples=20)]) for mode in MODES}
+    if not model.run_eagerly:
+        assert not retraced
+    for mode in ["expected", "exact", "softmax"]:
+        np.testing.assert_allclose(outputs[mode], reference(model, x, mode), atol=1e-5)
+    assert 1e-3 < np.abs(np.exp(outputs["sampled"]) - np.exp(outputs["exact"])).max() < 0.6
+    for one in range(4):
+        for other in range(one):
+            assert np.abs(outputs[MODES[one]] - outputs[MODES[other]]).max() > 1e-3
+    again = model.predict(x, verbose=0, callbacks=[DropMaxPredict("sampled", samples=20)])
+    assert np.abs(again - outputs["sampled"]).max() > 1e-3
+    np.testing.assert_array_equal(model.predict(x, verbose=0), first)
+    assert model.layers[-1].predict_mode == "expected"
+
+
+def test_evaluate(trained):
+    model, x, y = trained
+    plain = model.evaluate(x, y, verbose=0, return_dict=True)
+    for mode in ["expected", "exact", "softmax"]:
+        result = model.evaluate(x, y, verbose=0, return_dict=True, callbacks=[DropMaxPredict(mode)])
+        log_p = reference(model, x, mode).numpy()
+        assert result["loss"] == pytest.approx(-log_p[np.arange(len(y)), y].mean(), rel=1e-4)
+        assert result["accuracy"] == pytest.approx(np.mean(log_p.argmax(1) == y), abs=1e-6)
+        assert (abs(result["loss"] - plain["loss"]) > 1e-3) == (mode != "expected")
+    assert model.evaluate(x, y, verbose=0, return_dict=True) == plain
+
+
+def test_validation_inside_fit_but_not_training(blobs):
+    x, y = blobs
+
+    def fit(callbacks):
+        model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
+        model.compile("adam", DropMaxLoss())
+        history = model.fit(x, y, epochs=2, shuffle=False, verbose=0, validation_data=(x, y), callbacks=callbacks)
+        return model, history.history
+
+    model, plain = fit([])
+    for mode in ["exact", "sampled", "softmax"]:
+        _, changed = fit([DropMaxPredict(mode)])
+        assert changed["loss"] == plain["loss"]
+        assert np.abs(np.subtract(changed["val_loss"], plain["val_loss"])).min() > 1e-4
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(plain["val_loss"][-1], rel=1e-5)
+    assert plain["val_loss"][-1] > plain["loss"][-1]  # no entropy term in it, and no masks
+
+
+class Failing(keras.callbacks.Callback):
+    def __init__(self, where):
+        super().__init__()
+        setattr(self, where, self.fail)
+
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("stopped")
+
+
+def failing_data(x):
+    def batches():
+        yield x[:32]
+        yield x[32:64]
+        raise RuntimeError("stopped")
+
+    return tf.data.Dataset.from_generator(batches, output_signature=tf.TensorSpec((None, 6), "float32"))
+
+
+@pytest.mark.parametrize(
+    "where", ["on_predict_begin", "on_predict_batch_begin", "on_predict_batch_end", "on_predict_end", "data"]
+)
+@pytest.mark.parametrize("position", [0, 1])
+def test_an_exception_leaves_the_mode_as_it_was(trained, where, position):
+    model, x, _ = trained
+    before = model.predict(x, verbose=0)
+    callbacks = [DropMaxPredict("softmax")]
+    if where != "data":
+        callbacks.insert(position, Failing(where))
+    retraced = count_traces(model)
+    with pytest.raises((RuntimeError, tf.errors.UnknownError), match="stopped"):
+        model.predict(failing_data(x) if where == "data" else x, verbose=0, callbacks=callbacks)
+    assert model.layers[-1].predict_mode == "expected"
+    np.testing.assert_allclose(model(x), before, atol=1e-5)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    assert (
+        np.abs(model.predict(x, verbose=0, callbacks=callbacks[-1:] if position == 0 else callbacks[:1]) - before).max() > 1e-3
+    )
+    if not model.run_eagerly and where != "data":
+        assert len(retraced) <= 1  # the direct call
+    assert not {name for name in vars(model) if name.startswith("make_")}
+
+
+@pytest.mark.parametrize("where", ["on_test_begin", "on_test_batch_begin", "on_test_batch_end", "on_test_end"])
+def test_an_exception_in_validation_leaves_the_mode_as_it_was(blobs, where):
+    x, y = blobs
+    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
+    model.compile("adam", DropMaxLoss())
+    before = model.evaluate(x, y, verbose=0)
+    with pytest.raises(RuntimeError, match="stopped"):
+        model.evaluate(x, y, verbose=0, callbacks=[DropMaxPredict("softmax"), Failing(where)])
+    assert model.evaluate(x, y, verbose=0) == before
+    with pytest.raises(RuntimeError, match="stopped"):
+        model.evaluate(x, y, verbose=0, callbacks=[DropMaxPredict("softmax"), Failing(where)])
+    model.compile("adam", DropMaxLoss(reduction="sum"))  # a leftover must not bring the old functions back
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(32 * before, rel=1e-5)
+
+
+def test_context_manager(trained):
+    model, x, _ = trained
+    before = model.predict(x, verbose=0)
+    retraced = count_traces(model)
+    with predict_mode(model, "softmax") as same:
+        assert same is model
+        np.testing.assert_allclose(model.predict(x, verbose=0), reference(model, x, "softmax"), atol=1e-5)
+        with predict_mode(model, "sampled", samples=7):
+            assert (model.layers[-1].predict_mode, model.layers[-1].predict_samples) == ("sampled", 7)
+        assert (model.layers[-1].predict_mode, model.layers[-1].predict_samples) == ("softmax", 30)
+    with pytest.raises(RuntimeError, match="stopped"), predict_mode(model, "exact"):
+        raise RuntimeError("stopped")
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    if not model.run_eagerly:
+        assert not retraced
+
+
+def test_samples_reach_the_graph(trained):
+    """The spread of 100 masks' mean is about a tenth of one mask's."""
+    model, x, _ = trained
+
+    def spread(samples):
+        callbacks = [DropMaxPredict("sampled", samples=samples)]
+        return np.std([np.exp(model.predict(x, verbose=0, callbacks=callbacks)) for _ in range(8)], axis=0).mean()
+
+    assert spread(1) / spread(100) == pytest.approx(10, rel=0.3)
+
+
+def test_every_head_of_a_nested_model_is_switched(rng):
+    x = rng.normal(size=(8, 5)).astype("float32")
+
+    class Wrapping(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.head = DropMaxHead(2)
+
+        def call(self, inputs):
+            return self.head(inputs)
+
+    inputs = keras.Input((5,))
+    inner = keras.Sequential([keras.Input((5,)), DropMaxHead(3)])
+    model = keras.Model(inputs, [inner(inputs), Wrapping()(inputs), DropMaxHead(4)(inputs)])
+    before, after = model.predict(x, verbose=0), model.predict(x, verbose=0, callbacks=[DropMaxPredict("softmax")])
+    for one, other in zip(before, after, strict=True):
+        assert np.abs(one - other).max() > 1e-3
+
+
+def test_bad_use():
+    for arguments in [("mean",), (None,), ("sampled", 0), ("sampled", 1.5)]:
+        with pytest.raises(ValueError, match=r"must be.*Received"):
+            DropMaxPredict(*arguments)
+        with pytest.raises(ValueError, match=r"must be.*Received"), predict_mode(DropMaxHead(3), *arguments):
+            pass
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    x, y = np.ones((4, 3)), np.ones((4, 2))
+    for use in [
+        lambda: model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact")]),
+        lambda: model.evaluate(x, y, verbose=0, callbacks=[DropMaxPredict("exact")]),
+        lambda: model.fit(x, y, verbose=0, callbacks=[DropMaxPredict("exact")]),
+        lambda: predict_mode(model, "exact").__enter__(),
+    ]:
+        with pytest.raises(ValueError, match=r"at least one DropMaxHead.*sequential"):
+            use()
+    with pytest.raises(ValueError, match="Keras model"):
+        predict_mode("model", "exact").__enter__()
+    model = keras.Sequential([keras.Input((3,)), DropMaxHead(2)])
+    with pytest.raises(ValueError, match="one DropMaxPredict"):
+        model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact"), DropMaxPredict("softmax")])
+    assert model.predict(x, verbose=0).shape == (4, 2)

@@ -1,0 +1,50 @@
+"""The README's code and every example in a docstring runs."""
+
+import doctest
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dropmax
+from tf_dropmax import callbacks, functional, head, losses
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    np.testing.assert_allclose(names["probabilities"].sum(-1), 1, atol=1e-5)
+    assert np.abs(names["exact"] - names["log_probabilities"]).max() > 1e-3
+    assert names["loaded"].layers[-1].predict_mode == "exact"
+
+
+def test_readme_names_the_modes():
+    table = re.findall(r'^\| `"(\w+)"`', (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted(head.PREDICT_MODES)
+
+
+@pytest.mark.parametrize("module", [callbacks, functional, head, losses], ids=lambda m: m.__name__)
+def test_docstrings(module):
+    names = {"keras": keras, "np": np, "tf": tf, "tf_dropmax": tf_dropmax}
+    result = doctest.testmod(module, globs=names)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_everything_public_has_an_example():
+    functions = [getattr(functional, name) for name in dir(functional) if not name.startswith("_")]
+    functions = [f for f in functions if getattr(f, "__module__", None) == functional.__name__]
+    methods = [tf_dropmax.DropMaxHead.from_dense, tf_dropmax.DropMaxHead.retain_probabilities]
+    public = [getattr(tf_dropmax, name) for name in tf_dropmax.__all__ if name != "functional"]
+    assert len(functions) == 11
+    for thing in [*functions, *methods, *public]:
+        assert ">>>" in thing.__doc__, thing

@@ -1,0 +1,323 @@
+"""The layer by itself: construction, weights, shapes, objective, randomness, precision."""
+
+import keras
+import numpy as np
+import oracles
+import pytest
+import tensorflow as tf
+from scipy import stats
+
+import tf_dropmax
+from tf_dropmax import DropMaxHead, DropMaxLoss, functional
+
+MODES = ["expected", "sampled", "exact", "softmax"]
+
+
+def selecting_head(classes, **kwargs):
+    """A head whose features are the logits and the retain logits, side by side."""
+    select = np.eye(2 * classes)
+    return DropMaxHead(
+        classes,
+        kernel_initializer=keras.initializers.Constant(select[:, :classes]),
+        retain_kernel_initializer=keras.initializers.Constant(select[:, classes:]),
+        **kwargs,
+    )
+
+
+def real_path(monkeypatch, logits, retain_logits, uniform, labels, entropy_weight, temperature, dtype):
+    """Value and gradients of the objective by the head in training, `add_loss` and the loss; only the draws are given."""
+    monkeypatch.setattr(functional, "uniform", lambda shape, seed, dtype: tf.constant(uniform, dtype))
+    head = selecting_head(logits.shape[1], entropy_weight=entropy_weight, temperature=temperature, dtype=dtype)
+    features = tf.constant(np.concatenate([logits, retain_logits], axis=1), dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        scores = head(features, training=True)
+        assert len(head.losses) == 1
+        value = DropMaxLoss(dtype=dtype)(labels, scores) + head.losses[0]
+    assert scores.dtype == dtype
+    return value.numpy(), np.split(tape.gradient(value, features).numpy(), 2, axis=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_objective_is_eq_15(rng, monkeypatch, dtype, tolerance):
+    logits, retain_logits = 3 * rng.normal(size=(10, 5)), 3 * rng.normal(size=(10, 5))
+    arguments = (rng.uniform(0.01, 0.99, size=(10, 5)), rng.integers(5, size=10), 0.7, 0.2)
+    value, (grad_logits, grad_retain) = real_path(monkeypatch, logits, retain_logits, *arguments, dtype)
+    assert value == pytest.approx(oracles.objective(logits, retain_logits, *arguments), rel=tolerance)
+    differences = oracles.central_differences(lambda o: oracles.objective(o, retain_logits, *arguments), logits, 1e-5)
+    np.testing.assert_allclose(grad_logits, differences, atol=1e-6)
+    differences = oracles.central_differences(lambda r: oracles.objective(logits, r, *arguments), retain_logits, 1e-5)
+    np.testing.assert_allclose(grad_retain, differences, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_golden_objective(golden, monkeypatch, dtype, tolerance):
+    names = ("logits", "retain_logits", "uniform", "labels")
+    settings = (float(golden["lam"]), float(golden["tau"]))
+    value, gradients = real_path(monkeypatch, *(golden[name] for name in names), *settings, dtype)
+    assert value == pytest.approx(float(golden["objective"]), rel=tolerance)
+    np.testing.assert_allclose(gradients, [golden["grad_logits"], golden["grad_retain"]], atol=1e-6)
+
+
+def test_golden_predictions(golden):
+    features = np.concatenate([golden["logits"], golden["retain_logits"]], axis=1).astype("float32")
+    for mode in ["expected", "exact", "softmax"]:
+        head = selecting_head(golden["logits"].shape[1], predict_mode=mode)
+        np.testing.assert_allclose(np.exp(head(features)), golden[mode], atol=1e-5)
+
+
+def test_deterministic_attention_trains_on_eq_18(rng):
+    logits, retain_logits, labels = rng.normal(size=(6, 4)), rng.normal(size=(6, 4)), np.arange(6) % 4
+    features = np.concatenate([logits, retain_logits], axis=1)
+    head = selecting_head(4, stochastic=False, entropy_weight=0.5, dtype="float64")
+    value = DropMaxLoss(dtype="float64")(labels, head(features, training=True)) + head.losses[0]
+    expected = 0.0
+    for o, r, y in zip(logits, retain_logits, labels, strict=True):
+        rho = oracles.sigmoid(r)
+        h = -rho * np.log(rho) - (1 - rho) * np.log(1 - rho)
+        expected -= np.log(rho[y] * np.exp(o[y]) / np.sum(rho * np.exp(o))) + 0.5 * (h.sum() - h[y])
+    assert value.numpy() == pytest.approx(expected / 6, rel=1e-12)
+
+
+def test_random_dropmax_has_no_retain_branch_and_no_entropy(rng):
+    features = rng.normal(size=(5000, 3)).astype("float32")
+    head = DropMaxHead(4, retain_probability=0.3, kernel_initializer="zeros", seed=1)
+    scores = head(features, training=True)
+    assert [w.name for w in head.weights] == ["kernel", "bias"]
+    assert head.losses == []
+    # With equal logits, a target competes with a binomial number of the 3 others.
+    counts = np.bincount((1 / np.exp(scores[:, 0])).round().astype(int), minlength=5)[1:]
+    assert stats.chisquare(counts, 5000 * stats.binom.pmf(range(4), 3, 0.3)).pvalue > 1e-4  # the seed is fixed
+    np.testing.assert_allclose(head.retain_probabilities(features), np.full((5000, 4), 0.3), rtol=1e-6)
+    for mode in ["expected", "softmax", "exact"]:
+        head.predict_mode = mode
+        np.testing.assert_allclose(np.exp(head(features[:9])), 0.25, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("training", [False, True])
+def test_shapes_dtype_and_names(shape, training):
+    head = DropMaxHead(7)
+    outputs = head(np.ones(shape, "float32"), training=training)
+    assert outputs.shape == (*shape[:-1], 7)
+    assert outputs.dtype == "float32"
+    assert head.compute_output_shape(shape) == outputs.shape
+    assert {w.name: tuple(w.shape) for w in head.weights} == {
+        "kernel": (5, 7),
+        "bias": (7,),
+        "retain_kernel": (5, 7),
+        "retain_bias": (7,),
+    }
+    symbolic = DropMaxHead(7)(keras.Input(shape[1:]))
+    assert (symbolic.shape, symbolic.dtype) == ((None, *shape[1:-1], 7), "float32")
+    assert len(head.losses) == training
+
+
+def test_without_bias():
+    head = DropMaxHead(3, use_bias=False)
+    head.build((None, 2))
+    assert [w.name for w in head.weights] == ["kernel", "retain_kernel"]
+    assert head.bias is None
+    assert head.retain_bias is None
+
+
+def test_entropy_loss_value_and_mask(rng):
+    features = rng.normal(size=(2, 3, 4)).astype("float32")
+    mask = np.array([[True, False, True], [False, False, True]])
+    head = DropMaxHead(5, entropy_weight=0.25)
+    head(features, training=True, mask=mask)
+    rho = oracles.sigmoid(features @ head.retain_kernel.numpy())
+    h = np.sum(-rho * np.log(rho) - (1 - rho) * np.log(1 - rho), axis=-1)
+    assert head.losses[0].numpy() == pytest.approx(-0.25 * h[mask].mean(), rel=1e-5)
+    head(features, training=True)
+    assert head.losses[-1].numpy() == pytest.approx(-0.25 * h.mean(), rel=1e-5)
+    empty = DropMaxHead(5)
+    empty(features, training=True, mask=np.zeros((2, 3), bool))
+    assert empty.losses[0].numpy() == 0
+
+
+def test_retain_probabilities_and_mask_distribution(rng):
+    features = rng.normal(size=(6, 3)).astype("float32")
+    head = DropMaxHead(4, temperature=0.5, retain_bias_initializer="ones")
+    distribution = head.mask_distribution(features)
+    rho = oracles.sigmoid(features @ head.retain_kernel.numpy() + 1)
+    np.testing.assert_allclose(head.retain_probabilities(features), rho, atol=1e-6)
+    np.testing.assert_allclose(tf.sigmoid(distribution.logits_parameter()), rho, atol=1e-6)
+    assert distribution.temperature.numpy() == 0.5
+    assert distribution.batch_shape == (6, 4)
+    for head in [DropMaxHead(4, retain_probability=0.5), DropMaxHead(4, stochastic=False)]:
+        with pytest.raises(ValueError, match="adaptive"):
+            head.mask_distribution(features)
+
+
+def test_modes_of_the_head_are_those_of_functional(rng):
+    logits, retain_logits = rng.normal(size=(2, 6, 5)).astype("float32")
+    head = selecting_head(5)
+    features = np.concatenate([logits, retain_logits], axis=1)
+    for mode in ["expected", "exact"]:
+        head.predict_mode = mode
+        np.testing.assert_allclose(head(features), getattr(functional, mode)(logits, retain_logits), atol=1e-6)
+    head.predict_mode = "softmax"
+    np.testing.assert_allclose(head(features), functional.softmax(logits), atol=1e-6)
+    head.predict_mode, head.predict_samples = "sampled", 1000
+    call = tf.function(head)
+    sampled = np.exp(call(features))
+    np.testing.assert_allclose(sampled, np.exp(functional.exact(logits, retain_logits)), atol=0.08)
+    assert np.abs(sampled - np.exp(call(features))).max() > 1e-5  # the next draws are others
+
+
+def test_masks_differ_between_steps_examples_and_positions():
+    head = DropMaxHead(6, seed=3)
+    features = np.ones((4, 5, 3), "float32")
+    first, second = head(features, training=True).numpy(), head(features, training=True).numpy()
+    rows = np.concatenate([first, second]).reshape(-1, 6)
+    assert len(np.unique(rows, axis=0)) == len(rows) == 40
+
+
+def test_one_seed_makes_training_reproducible(blobs):
+    x, y = blobs
+
+    def train(seed):
+        model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=seed)])
+        model.compile("adam", DropMaxLoss())
+        history = model.fit(x, y, epochs=2, batch_size=32, shuffle=False, verbose=0)
+        return history.history["loss"], model.get_weights()
+
+    state = np.random.get_state()[1].copy()
+    (loss, weights), (loss_again, weights_again), (other_loss, other) = train(5), train(5), train(6)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+    assert loss == loss_again
+    assert all(np.array_equal(a, b) for a, b in zip(weights, weights_again, strict=True))
+    assert loss != other_loss
+    assert not np.allclose(weights[0], other[0])
+    assert not np.allclose(weights[0], weights[2])  # the two kernels do not share their seed
+
+
+def test_seed_leaves_initializers_with_a_seed_alone():
+    initializer = keras.initializers.GlorotNormal(seed=11)
+    heads = [DropMaxHead(3, seed=seed, kernel_initializer=initializer) for seed in (1, 2)]
+    for head in heads:
+        head.build((None, 4))
+    np.testing.assert_array_equal(*[head.kernel.numpy() for head in heads])
+
+
+def test_unseeded_heads_differ():
+    heads = [DropMaxHead(3, kernel_initializer="zeros", retain_kernel_initializer="zeros") for _ in range(2)]
+    scores = [head(np.ones((2, 4), "float32"), training=True).numpy() for head in heads]
+    assert not np.allclose(*scores)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("size", [10.0, 1e4])
+def test_mixed_precision_is_finite(rng, policy, size):
+    logits, retain_logits = size * rng.uniform(-1, 1, size=(2, 40, 5))
+    logits[0], retain_logits[1] = size, -size
+    keras.mixed_precision.set_dtype_policy(policy)
+    features = tf.constant(np.concatenate([logits, retain_logits], axis=1), "float32")
+    head = selecting_head(5)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        scores = head(features, training=True)
+        loss = DropMaxLoss()(np.arange(40) % 5, scores) + sum(head.losses)
+    gradients = tape.gradient(loss, [features, *head.trainable_variables])
+    assert scores.dtype == "float32"
+    assert head.kernel.dtype == "float32"
+    assert all(np.isfinite(t).all() for t in [scores, loss, *gradients])
+    for mode in MODES:
+        head.predict_mode = mode
+        log_p = head(features)
+        assert log_p.dtype == "float32"
+        np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, atol=1e-5)
+    if size == 10:  # the matrix products, and nothing else, are in half precision
+        reference = functional.expected(logits, retain_logits)
+        head.predict_mode = "expected"
+        np.testing.assert_allclose(head(features), reference, atol=0.3 if policy == "mixed_bfloat16" else 0.03)
+
+
+def test_from_dense_starts_where_the_classifier_was(rng):
+    features = rng.normal(size=(20, 4)).astype("float32")
+    for activation in [None, "softmax"]:
+        dense = keras.layers.Dense(3, activation=activation, bias_initializer="ones", kernel_regularizer="l2")
+        expected = dense(features).numpy()
+        if activation is None:
+            expected = tf.nn.softmax(expected).numpy()
+        head = DropMaxHead.from_dense(dense, seed=1, entropy_weight=0.1)
+        np.testing.assert_allclose(np.exp(head(features)), expected, atol=1e-6)
+        np.testing.assert_allclose(head.retain_probabilities(features), 0.5)
+        assert head.entropy_weight == 0.1
+        assert isinstance(head.kernel_regularizer, keras.regularizers.L2)
+        head.kernel.assign(head.kernel * 2)
+        assert not np.allclose(head.kernel, dense.kernel)
+    bare = keras.layers.Dense(3, use_bias=False)
+    bare.build((None, 4))
+    assert len(DropMaxHead.from_dense(bare, retain_probability=0.4).weights) == 1
+
+
+def test_from_dense_refuses_what_it_cannot_start_from():
+    with pytest.raises(TypeError, match="Dense"):
+        DropMaxHead.from_dense(keras.layers.Conv1D(3, 1))
+    with pytest.raises(ValueError, match="built"):
+        DropMaxHead.from_dense(keras.layers.Dense(3))
+    dense = keras.layers.Dense(3, activation="relu")
+    dense.build((None, 4))
+    with pytest.raises(ValueError, match="relu"):
+        DropMaxHead.from_dense(dense)
+    dense = keras.layers.Dense(3)
+    dense.build((None, 4))
+    with pytest.raises(ValueError, match="units"):
+        DropMaxHead.from_dense(dense, units=4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"units": value} for value in (0, -1, 2.0, "3", None, True)),
+        *({"retain_probability": value} for value in (0, 1, 0.0, 1.0, -0.1, 1.5, np.nan, "0.5", True)),
+        *({"temperature": value} for value in (0, -0.1, np.nan, np.inf, "0.1", None)),
+        *({"entropy_weight": value} for value in (-1e-9, np.nan, np.inf, None)),
+        *({"predict_mode": value} for value in ("mean", None, 0)),
+        *({"predict_samples": value} for value in (0, -1, 1.5, None)),
+        *({"seed": value} for value in (1.5, "1", True)),
+        {"stochastic": "no"},
+        {"use_bias": 1},
+        {"retain_probability": 0.5, "stochastic": False},
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments):
+    name, value = next(iter(arguments.items()))
+    with pytest.raises((ValueError, TypeError), match=f"(?s){name}.*Received.*{value}") as error:
+        DropMaxHead(**{"units": 3, **arguments})
+    assert "must be" in str(error.value) or "needs" in str(error.value)
+
+
+def test_bad_inputs():
+    for dtype in ["int32", "int64", "uint8", "bool"]:
+        with pytest.raises(ValueError, match=f"floating point.*{dtype}"):
+            DropMaxHead(3)(np.ones((2, 4), dtype))
+        with pytest.raises(ValueError, match=f"floating point.*{dtype}"):
+            DropMaxHead(3)(keras.Input((4,), dtype=dtype))
+        with pytest.raises(ValueError, match="floating point"):
+            DropMaxHead(3).retain_probabilities(np.ones((2, 4), dtype))
+    with pytest.raises(ValueError, match="last dimension"):
+        DropMaxHead(3)(keras.Input((None,)))
+    with pytest.raises(ValueError, match="min_ndim=2"):
+        DropMaxHead(3)(np.ones(4, "float32"))
+    head = DropMaxHead(3)
+    with pytest.raises(ValueError, match=r"one of.*'mean'"):
+        head.predict_mode = "mean"
+    assert head.predict_mode == "expected"
+
+
+def test_numpy_numbers_are_welcome():
+    head = DropMaxHead(np.int64(3), temperature=np.float32(0.5), entropy_weight=np.int32(1), seed=np.int64(2))
+    assert tf_dropmax.DropMaxHead.from_config(head.get_config()).units == 3
+    assert type(head.get_config()["units"]) is int
+
+
+def test_two_classes_and_one():
+    for units in (1, 2):
+        head = DropMaxHead(units)
+        scores = head(np.ones((3, 4), "float32"), training=True)
+        assert np.isfinite(scores).all()
+        np.testing.assert_allclose(np.exp(head(np.ones((3, 4), "float32"))).sum(-1), 1, rtol=1e-6)

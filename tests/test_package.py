@@ -1,0 +1,48 @@
+"""The package as others get it."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import tf_dropmax
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_is_complete_and_imports_elsewhere(tmp_path):
+    """Into an environment of its own; only the dependencies are those of this one, as nothing is downloaded."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("tf_dropmax-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tf_dropmax").rglob("*.py")}
+    assert {*modules, "tf_dropmax/py.typed"} <= names
+    assert any(name.endswith("/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("tests", "notebooks"))]
+
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True, timeout=300)
+    code = (
+        f"import site, sys; sys.path.append({sysconfig.get_path('purelib')!r}); import tf_dropmax; "
+        "print(tf_dropmax.__file__, tf_dropmax.__version__)"
+    )
+    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    path, version = run.stdout.split()
+    assert Path(path).is_relative_to(tmp_path / "env")
+    assert version == tf_dropmax.__version__
+
+
+def test_the_library_does_not_need_the_extras():
+    hidden = ["matplotlib", "sklearn"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import tf_dropmax; tf_dropmax.DropMaxHead(3)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_the_library_does_not_import_the_experiments():
+    code = "import sys, tf_dropmax; assert not [m for m in sys.modules if m.startswith('tf_dropmax.experiments')]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

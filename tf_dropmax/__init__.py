@@ -1,0 +1,10 @@
+"""DropMax, the adaptive stochastic softmax, for Keras 3 on TensorFlow."""
+
+from tf_dropmax import functional
+from tf_dropmax.callbacks import DropMaxPredict, predict_mode
+from tf_dropmax.head import DropMaxHead
+from tf_dropmax.losses import DropMaxLoss
+
+__version__ = "0.1.0"
+
+__all__ = ["DropMaxHead", "DropMaxLoss", "DropMaxPredict", "functional", "predict_mode"]

@@ -1,0 +1,125 @@
+"""Choosing the test-time mode of the heads in a model, and callbacks that do."""
+
+import contextlib
+
+import keras
+
+from tf_dropmax.head import DropMaxHead, check_mode, check_positive_int
+
+
+@contextlib.contextmanager
+def predict_mode(model, mode, samples=30):
+    """Context manager: inside, every `DropMaxHead` of `model` predicts in the given mode.
+
+    Compiled functions follow without retracing. On leaving, also by an exception, every head is back in the mode it had.
+
+    Args:
+        model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a `DropMaxHead`, or is one.
+        mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`, see `DropMaxHead`.
+        samples: Positive int, number of masks in mode `"sampled"`. Defaults to 30.
+
+    Yields:
+        `model`.
+
+    Raises:
+        ValueError: if `mode` or `samples` is not as above, or the model has no `DropMaxHead`.
+
+    Example:
+
+    >>> head = tf_dropmax.DropMaxHead(3)
+    >>> with tf_dropmax.predict_mode(head, "exact"):
+    ...     log_probabilities = head(np.ones((1, 4), "float32"))
+    >>> head.predict_mode
+    'expected'
+    """
+    heads = _heads(model)
+    before = [(head.predict_mode, head.predict_samples) for head in heads]
+    try:
+        for head in heads:
+            head.predict_mode, head.predict_samples = mode, samples
+        yield model
+    finally:
+        for head, setting in zip(heads, before, strict=True):
+            head.predict_mode, head.predict_samples = setting
+
+
+def _heads(model):
+    if not isinstance(model, keras.layers.Layer):
+        raise ValueError(f"Expected a Keras model or layer. Received: {model!r} of type {type(model).__name__}")
+    heads = [layer for layer in model._flatten_layers() if isinstance(layer, DropMaxHead)]
+    if not heads:
+        raise ValueError(f"Expected a model with at least one DropMaxHead. Received: {model.name!r}, which has none")
+    return heads
+
+
+class DropMaxPredict(keras.callbacks.Callback):
+    """Callback that chooses the test-time mode for `predict`, `evaluate` and the validation inside `fit`.
+
+    The mode is in force while a prediction or evaluation step runs and at no other time: training steps never see it, and
+    an exception, wherever it is raised, leaves the model in the mode it had. Nothing is traced anew.
+
+    Args:
+        mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`, see `DropMaxHead`.
+        samples: Positive int, number of masks in mode `"sampled"`. Defaults to 30.
+
+    Raises:
+        ValueError: if `mode` or `samples` is not as above; when used, if the model has no `DropMaxHead`, or if two of these
+            callbacks are given to one call.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), tf_dropmax.DropMaxHead(3)])
+    >>> x = np.ones((2, 4), "float32")
+    >>> exact = model.predict(x, callbacks=[tf_dropmax.DropMaxPredict("exact")], verbose=0)
+    >>> exact.shape
+    (2, 3)
+    """
+
+    def __init__(self, mode, samples=30):
+        super().__init__()
+        self.mode = check_mode("mode", mode)
+        self.samples = check_positive_int("samples", samples)
+
+    def on_train_begin(self, logs=None):
+        _heads(self.model)  # a model without a head is an error now, not after the first epoch
+
+    def on_predict_begin(self, logs=None):
+        self._enter("predict")
+
+    def on_predict_end(self, logs=None):
+        self._leave()
+
+    def on_test_begin(self, logs=None):
+        self._enter("test")
+
+    def on_test_end(self, logs=None):
+        self._leave()
+
+    # Keras calls `on_..._end` only if nothing went wrong. So the mode is set around each single step, where a `finally` can
+    # take it back; and the wrapper that does so is taken off at the end or, if the end never came, by
+    # `make_..._function`, with which Keras begins every call of `predict` and `evaluate`.
+
+    def _enter(self, kind):
+        model = self.model
+        _heads(model)
+        step_name, make_name = f"{kind}_function", f"make_{kind}_function"
+        if make_name in vars(model):
+            raise ValueError(f"Expected one DropMaxPredict in a call. Received: another one, with mode={self.mode!r}")
+        step, make = getattr(model, step_name), getattr(model, make_name)
+
+        def step_in_mode(*args):
+            with predict_mode(model, self.mode, self.samples):
+                return step(*args)
+
+        def leave():
+            delattr(model, make_name)
+            if getattr(model, step_name) is step_in_mode:  # not, if the model was compiled since
+                setattr(model, step_name, step)
+
+        def make_after_leaving(*args, **kwargs):
+            leave()
+            return make(*args, **kwargs)
+
+        setattr(model, step_name, step_in_mode)
+        setattr(model, make_name, make_after_leaving)
+        self._leave = leave

@@ -1,0 +1,1 @@
+"""Experiments with the library: data, networks, the demo. Needs `pip install tf_dropmax[experiments]`."""

@@ -1,0 +1,128 @@
+"""Data sets and their splits."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import keras
+import numpy as np
+
+from tf_dropmax.experiments.errors import UserError
+
+FOLDER_VARIABLE = "TF_DROPMAX_DATA"
+
+
+class Dataset(NamedTuple):
+    """Images `x` `(N, height, width, channels)`, float32 in [0, 1]; labels `y` `(N,)`, int64. Test sets may be `None`."""
+
+    x: np.ndarray
+    y: np.ndarray
+    x_test: np.ndarray | None = None
+    y_test: np.ndarray | None = None
+
+    @property
+    def classes(self):
+        return int(self.y.max()) + 1
+
+
+class Split(NamedTuple):
+    """Disjoint parts of a `Dataset`, each a pair `(x, y)`."""
+
+    train: tuple
+    validation: tuple
+    test: tuple
+
+
+def digits():
+    """1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return Dataset((bunch.images[..., None] / 16).astype("float32"), bunch.target.astype("int64"))
+
+
+def mnist():
+    """60,000 + 10,000 handwritten digits of 28 x 28 pixels: a local `mnist.npz` if there is one, else `keras.datasets`."""
+    path = find("mnist.npz")
+    if path is None:
+        try:
+            (x, y), (x_test, y_test) = keras.datasets.mnist.load_data()
+        except Exception as error:
+            raise UserError(
+                f"MNIST could not be downloaded ({_first_line(error)}), and {missing('mnist.npz')}; "
+                "the file is the one that keras.datasets.mnist uses."
+            ) from error
+    else:
+        x, y, x_test, y_test = _arrays(path, "x_train", "y_train", "x_test", "y_test")
+        if x.shape[1:] != (28, 28) or x_test.shape[1:] != (28, 28) or len(x) != len(y) or len(x_test) != len(y_test):
+            raise UserError(f"{path} does not hold MNIST: expected images of shape (N, 28, 28), found {x.shape}.")
+    return Dataset(_images(x), y.astype("int64"), _images(x_test), y_test.astype("int64"))
+
+
+def _images(x):
+    return (x[..., None] / 255).astype("float32")
+
+
+LOADERS = {"digits": digits, "mnist": mnist}
+
+
+def find(name):
+    """The file of this name in or below the folder that `TF_DROPMAX_DATA` names, or `None`."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        raise UserError(f"{FOLDER_VARIABLE} names {folder}, which is not a folder.")
+    return min(Path(folder).rglob(name), key=lambda path: (len(path.parts), path), default=None)
+
+
+def missing(name):
+    """Half a sentence that says why `find(name)` found nothing."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        return f"there is no {name} in or below {folder}, the folder that {FOLDER_VARIABLE} names"
+    return f"{FOLDER_VARIABLE} is not set (it should name a folder with {name} in or below it)"
+
+
+def _arrays(path, *keys):
+    try:
+        with path.open("rb") as stream, np.load(stream) as file:
+            return [file[key] for key in keys]
+    except KeyError as error:
+        raise UserError(f"{path} lacks an array: expected {', '.join(keys)}; {_first_line(error)}.") from error
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as a NumPy archive ({_first_line(error)}).") from error
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def split(dataset, train_per_class, validation=0, seed=0):
+    """Draws a training and a validation set; what is left over, or the data set's own test set, is the test set.
+
+    Args:
+        dataset: A `Dataset`.
+        train_per_class: Positive int, training examples of each class.
+        validation: Non-negative int, number of validation examples, of any class. Defaults to 0.
+        seed: Int. The same seed gives the same split. Defaults to 0.
+
+    Returns:
+        A `Split`; its parts do not overlap.
+
+    Raises:
+        UserError: if there are too few examples.
+    """
+    counts = np.bincount(dataset.y, minlength=dataset.classes)
+    if counts.min() < train_per_class or counts.sum() < train_per_class * dataset.classes + validation:
+        raise UserError(
+            f"Expected at least {train_per_class} examples of each class and {validation} more; "
+            f"the smallest class has {counts.min()}, all together {counts.sum()}."
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset.y))
+    train = np.concatenate([order[dataset.y[order] == label][:train_per_class] for label in range(dataset.classes)])
+    others = order[~np.isin(order, train)]
+    chosen, rest = others[:validation], others[validation:]
+    test = (dataset.x[rest], dataset.y[rest]) if dataset.x_test is None else (dataset.x_test, dataset.y_test)
+    return Split((dataset.x[train], dataset.y[train]), (dataset.x[chosen], dataset.y[chosen]), test)

@@ -1,0 +1,449 @@
+"""DropMaxHead: the layer that replaces the logits layer of a classifier."""
+
+import math
+import numbers
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from tf_dropmax import functional
+
+PREDICT_MODES = ("expected", "sampled", "exact", "softmax")
+
+_REPLICA_STRIDE = 668265263  # odd and unrelated to the strides of seeds and samples
+_WEIGHTS = ("kernel", "bias", "retain_kernel", "retain_bias")
+
+
+@keras.saving.register_keras_serializable("tf_dropmax")
+class DropMaxHead(keras.layers.Layer):
+    """Classifier head with adaptive stochastic softmax (DropMax).
+
+    Put it where the logits layer `Dense(units)` was, and compile with `DropMaxLoss`:
+
+        logits         o = features @ kernel + bias
+        retain logits  r = features @ retain_kernel + retain_bias,  retain probability rho = sigmoid(r)        (4)
+
+    In training every class but the target is kept in the softmax with probability `rho`, by relaxed Bernoulli masks (6). The
+    layer sees no labels: it returns, for every class, the score that the class has if it is the target, and `DropMaxLoss`
+    picks the target's. Together with the entropy term, `-entropy_weight * mean(sum_t H(rho_t))`, which the layer adds by
+    `add_loss`, that is the objective (15) exactly. At inference it returns log-probabilities, `exp` of which sums to 1.
+    Either way the output is in log space and float32 under every dtype policy but `float64`; argmax metrics, top-k, and
+    losses with `from_logits=True` take it as it is, and `keras.layers.Softmax()` on top serves probabilities.
+
+    `sample_weight`, `class_weight` and `loss_weights` multiply the loss, but, as with every `add_loss` in Keras, not the
+    entropy term; nor does `reduction="sum"` of the loss turn that mean into a sum.
+
+    Args:
+        units: Positive int, the number of classes T.
+        retain_probability: `None` or float in (0, 1). `None`: adaptive DropMax, the retain probability is learned as a
+            function of the features. A float: random DropMax, every non-target is kept with this probability by hard
+            Bernoulli masks; there is no retain branch, no KL divergence and no entropy term. Defaults to `None`.
+        stochastic: Bool. `False`: deterministic attention, which replaces every mask, in training too, by its retain
+            probability; it trains on eq. (18) with the entropy term, and there is no KL divergence. Defaults to `True`.
+        temperature: Positive float, temperature of the relaxed masks (6); small values are closer to hard masks. Defaults
+            to 0.1, as in the paper.
+        entropy_weight: Non-negative float, the paper's lambda, weight of the entropy regulariser (14). Larger values push
+            retain probabilities towards 1/2. Defaults to 1.0.
+        use_bias: Bool, whether both branches have a bias. Defaults to `True`.
+        kernel_initializer, retain_kernel_initializer: Initializers of the two kernels. Default to `"glorot_uniform"`.
+        bias_initializer, retain_bias_initializer: Initializers of the two biases. Default to `"zeros"`.
+        kernel_regularizer, bias_regularizer, retain_kernel_regularizer, retain_bias_regularizer: Regularizers. Default to
+            `None`.
+        kernel_constraint, bias_constraint, retain_kernel_constraint, retain_bias_constraint: Constraints. Default to `None`.
+        predict_mode: `"expected"` (18), `"sampled"` (17), `"exact"` (16) or `"softmax"` (2): what inference computes. Can be
+            changed later by `DropMaxPredict`, `tf_dropmax.predict_mode` or by setting the attribute; a compiled model follows
+            without retracing. Defaults to `"expected"`.
+        predict_samples: Positive int, number of masks S in mode `"sampled"`. Defaults to 30.
+        seed: `None` or int. Seeds the masks, in training and in mode `"sampled"`, and those initializers of this layer that
+            have no seed of their own. The global seeds are not touched. Defaults to `None`: a new seed for each layer.
+        **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`, as for every Keras layer.
+
+    Input shape:
+        `(batch, ..., d)`, floating point, two or more dimensions, the last of them known.
+
+    Output shape:
+        `(batch, ..., units)`.
+
+    Raises:
+        ValueError, TypeError: if an argument is not as above, the input is of an integer type or its last dimension unknown.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(32, "relu"), tf_dropmax.DropMaxHead(10)])
+    >>> model.compile("adam", tf_dropmax.DropMaxLoss(), metrics=["accuracy"])
+    >>> x, y = np.random.default_rng(0).normal(size=(64, 20)), np.arange(64) % 10
+    >>> history = model.fit(x, y, verbose=0)
+    >>> probabilities = np.exp(model.predict(x, verbose=0))
+    >>> probabilities.shape
+    (64, 10)
+
+    References:
+        Lee et al., DropMax: Adaptive Stochastic Softmax, ICLR 2018 submission (the equation numbers); DropMax: Adaptive
+        Variational Softmax, NeurIPS 2018, arXiv:1712.07834.
+    """
+
+    def __init__(
+        self,
+        units,
+        retain_probability=None,
+        stochastic=True,
+        temperature=0.1,
+        entropy_weight=1.0,
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        retain_kernel_initializer="glorot_uniform",
+        retain_bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        retain_kernel_regularizer=None,
+        retain_bias_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        retain_kernel_constraint=None,
+        retain_bias_constraint=None,
+        predict_mode="expected",
+        predict_samples=30,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.units = check_positive_int("units", units)
+        if retain_probability is not None:
+            retain_probability = _number("retain_probability", retain_probability, "a float in (0, 1)", lambda x: 0 < x < 1)
+            if not stochastic:
+                raise ValueError(
+                    "`stochastic=False` replaces the masks by learned retain probabilities and needs "
+                    f"`retain_probability=None`. Received: retain_probability={retain_probability}"
+                )
+        self.retain_probability = retain_probability
+        self.stochastic = _boolean("stochastic", stochastic)
+        self.temperature = _number("temperature", temperature, "a finite float > 0", lambda x: 0 < x < math.inf)
+        self.entropy_weight = _number("entropy_weight", entropy_weight, "a finite float >= 0", lambda x: 0 <= x < math.inf)
+        self.use_bias = _boolean("use_bias", use_bias)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
+            raise TypeError(f"`seed` must be an int or `None`. Received: seed={seed!r}")
+        self.seed = None if seed is None else int(seed)
+        for offset, name in enumerate(_WEIGHTS):
+            initializer = keras.initializers.get(locals()[f"{name}_initializer"])
+            setattr(self, f"{name}_initializer", _seeded(initializer, self.seed, offset))
+            setattr(self, f"{name}_regularizer", keras.regularizers.get(locals()[f"{name}_regularizer"]))
+            setattr(self, f"{name}_constraint", keras.constraints.get(locals()[f"{name}_constraint"]))
+        self.input_spec = keras.layers.InputSpec(min_ndim=2)
+        self.supports_masking = True
+
+        # Two streams of masks, so that a prediction never changes the course of training.
+        self._train_seeds = keras.random.SeedGenerator(None if seed is None else self.seed % 2**62)
+        self._predict_seeds = keras.random.SeedGenerator(None if seed is None else (self.seed + 1) % 2**62)
+        # The mode and the number of samples are read in the graph, so that a compiled function sees them change. Not a
+        # weight: a file of weights does not depend on it, and `weights` are what `Dense` would have.
+        self._predict_mode = check_mode("predict_mode", predict_mode)
+        self._predict_samples = check_positive_int("predict_samples", predict_samples)
+        with tf.init_scope():
+            self._predict_state = tf.Variable(self._predict_setting(), trainable=False, name="predict_state")
+
+    @property
+    def predict_mode(self):
+        """What inference computes: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`. Can be set."""
+        return self._predict_mode
+
+    @predict_mode.setter
+    def predict_mode(self, mode):
+        self._predict_mode = check_mode("predict_mode", mode)
+        self._predict_state.assign(self._predict_setting())
+
+    @property
+    def predict_samples(self):
+        """Number of masks in mode `"sampled"`, a positive int. Can be set."""
+        return self._predict_samples
+
+    @predict_samples.setter
+    def predict_samples(self, samples):
+        self._predict_samples = check_positive_int("predict_samples", samples)
+        self._predict_state.assign(self._predict_setting())
+
+    def _predict_setting(self):
+        return [PREDICT_MODES.index(self._predict_mode), self._predict_samples]
+
+    @classmethod
+    def from_dense(cls, dense, **kwargs):
+        """A built head that starts from the kernel and bias of a trained `Dense` layer.
+
+        Units, bias, dtype policy, regularizers and constraints are the layer's unless given. The retain branch starts at
+        zero: every retain probability is 1/2, so that the head at first predicts, in mode `"expected"`, just what the
+        softmax of `dense` did.
+
+        Args:
+            dense: A built `keras.layers.Dense` with activation `"linear"` or `"softmax"`, not quantized.
+            **kwargs: Arguments of `DropMaxHead`, except `units` and `use_bias`.
+
+        Returns:
+            A built `DropMaxHead`. The weights are copies; `dense` stays as it is.
+
+        Raises:
+            TypeError: if `dense` is not a `Dense` layer.
+            ValueError: if `dense` is not built, is quantized or has another activation.
+
+        Example:
+
+        >>> dense = keras.layers.Dense(3)
+        >>> features = np.ones((2, 4), "float32")
+        >>> logits = dense(features)
+        >>> head = tf_dropmax.DropMaxHead.from_dense(dense)
+        >>> bool(np.allclose(head(features), tf.nn.log_softmax(logits), atol=1e-6))
+        True
+        """
+        if not isinstance(dense, keras.layers.Dense):
+            raise TypeError(f"`dense` must be a `keras.layers.Dense`. Received: dense={dense!r}")
+        if not dense.built:
+            raise ValueError(f"`dense` must be built, so that it has weights to start from. Received: unbuilt {dense.name!r}")
+        if dense.activation not in (keras.activations.linear, keras.activations.softmax):
+            raise ValueError(
+                "`dense` must have activation 'linear' or 'softmax': its logits are what DropMax starts from. "
+                f"Received: activation={keras.activations.serialize(dense.activation)!r}"
+            )
+        if dense.quantization_mode is not None:
+            raise ValueError(f"`dense` must not be quantized. Received: quantization_mode={dense.quantization_mode!r}")
+        for name in ("units", "use_bias"):
+            if name in kwargs:
+                raise ValueError(f"`{name}` is that of `dense` and cannot be given. Received: {name}={kwargs[name]!r}")
+        inherited = {
+            f"{name}_{kind}": getattr(dense, f"{name}_{kind}")
+            for name in ("kernel", "bias")
+            for kind in ("initializer", "regularizer", "constraint")
+        }
+        defaults = {"dtype": dense.dtype_policy, "retain_kernel_initializer": "zeros", **inherited}
+        head = cls(dense.units, use_bias=dense.use_bias, **{**defaults, **kwargs})
+        kernel = tf.convert_to_tensor(dense.kernel)
+        head.build((None, kernel.shape[0]))
+        head.kernel.assign(kernel)
+        if dense.use_bias:
+            head.bias.assign(tf.convert_to_tensor(dense.bias))
+        return head
+
+    def build(self, input_shape):
+        features = input_shape[-1]
+        if features is None:
+            raise ValueError(
+                f"The last dimension of the inputs of a DropMaxHead must be known. Received: input_shape={tuple(input_shape)}"
+            )
+        for name in _WEIGHTS:
+            weight = None
+            if (self.use_bias or "bias" not in name) and (self.retain_probability is None or "retain" not in name):
+                weight = self.add_weight(
+                    name=name,
+                    shape=(self.units,) if "bias" in name else (features, self.units),
+                    initializer=getattr(self, f"{name}_initializer"),
+                    regularizer=getattr(self, f"{name}_regularizer"),
+                    constraint=getattr(self, f"{name}_constraint"),
+                )
+            setattr(self, name, weight)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+
+    def call(self, inputs, training=False, mask=None):
+        """Scores (in training) or log-probabilities.
+
+        Args:
+            inputs: Float tensor, shape `(batch, ..., d)`.
+            training: Bool. Defaults to `False`.
+            mask: `None` or bool tensor, shape `(batch, ...)`, the Keras mask; positions where it is `False` do not count in
+                the entropy term. Defaults to `None`.
+
+        Returns:
+            Tensor of shape `(batch, ..., units)`, float32 (float64 under the policy `"float64"`).
+        """
+        _check_floating(inputs.dtype)
+        logits = self._branch(inputs, self.kernel, self.bias)
+        if training:
+            return self._scores(logits, inputs, mask)
+        return self._log_probabilities(logits, self._retain_logits(inputs, logits))
+
+    def _branch(self, features, kernel, bias):
+        """One matrix product in the compute dtype; everything after it is in the output's dtype."""
+        features, kernel = (keras.ops.cast(x, self.compute_dtype) for x in (features, kernel))
+        product = tf.cast(keras.ops.matmul(features, kernel), self._output_dtype)
+        return product if bias is None else product + tf.cast(bias, self._output_dtype)
+
+    def _retain_logits(self, features, logits):
+        if self.retain_probability is None:
+            return self._branch(features, self.retain_kernel, self.retain_bias)
+        constant = math.log(self.retain_probability) - math.log1p(-self.retain_probability)
+        return tf.fill(tf.shape(logits), tf.constant(constant, logits.dtype))
+
+    def _scores(self, logits, features, mask):
+        if self.stochastic:
+            uniform = functional.uniform(tf.shape(logits), self._next_seed(self._train_seeds), logits.dtype)
+        if self.retain_probability is not None:
+            masks = functional.bernoulli_mask_logits(self.retain_probability, uniform)
+            return functional.target_log_likelihood(logits, masks)
+        retain_logits = self._retain_logits(features, logits)
+        entropy = functional.entropy(retain_logits)
+        self.add_loss(-self.entropy_weight * _masked_mean(tf.reduce_sum(entropy, axis=-1), mask))
+        if not self.stochastic:
+            return functional.expected(logits, retain_logits) - self.entropy_weight * entropy
+        masks = functional.mask_logits(retain_logits, uniform, self.temperature)
+        return functional.scores(logits, retain_logits, masks, self.entropy_weight)
+
+    def _log_probabilities(self, logits, retain_logits):
+        state = tf.identity(self._predict_state)  # `switch_case` wants a tensor
+        modes = {
+            "expected": lambda: functional.expected(logits, retain_logits),
+            "sampled": lambda: functional.sampled(logits, retain_logits, state[1], self._next_seed(self._predict_seeds)),
+            "exact": lambda: functional.exact(logits, retain_logits),
+            "softmax": lambda: functional.softmax(logits),
+        }
+        return tf.ensure_shape(tf.switch_case(state[0], [modes[name] for name in PREDICT_MODES]), logits.shape)
+
+    def _next_seed(self, generator):
+        seed = tf.convert_to_tensor(generator.next())
+        replica = tf.distribute.get_replica_context()
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            # Every replica holds the same state.
+            seed += [tf.cast(replica.replica_id_in_sync_group, seed.dtype) * _REPLICA_STRIDE, 0]
+        return seed
+
+    def retain_probabilities(self, features):
+        """Retain probability of every class, eq. (4).
+
+        Args:
+            features: Float tensor or array, shape `(batch, ..., d)`, what the head gets as its input.
+
+        Returns:
+            Tensor of shape `(batch, ..., units)`, float32 (float64 under the policy `"float64"`), values in [0, 1].
+
+        Example:
+
+        >>> head = tf_dropmax.DropMaxHead(3, retain_kernel_initializer="zeros")
+        >>> head.retain_probabilities(np.ones((1, 4), "float32")).numpy().tolist()
+        [[0.5, 0.5, 0.5]]
+        """
+        if self.retain_probability is not None:
+            shape = self.compute_output_shape(tf.shape(features))
+            return tf.fill(shape, tf.constant(self.retain_probability, self._output_dtype))
+        return tf.sigmoid(self._adaptive_retain_logits(features))
+
+    def mask_distribution(self, features):
+        """The distribution of the relaxed masks, eq. (6), for `log_prob`, `sample` and the rest.
+
+        The head itself draws from the same distribution by `tf_dropmax.functional.relaxed_masks`, because the gradient of
+        `RelaxedBernoulli.sample` is NaN where a mask comes close to 0 or 1.
+
+        Args:
+            features: Float tensor or array, shape `(batch, ..., d)`, what the head gets as its input.
+
+        Returns:
+            A `tfp.distributions.RelaxedBernoulli` with batch shape `(batch, ..., units)`.
+
+        Raises:
+            ValueError: if the head has no relaxed masks (`retain_probability` is given or `stochastic=False`).
+
+        Example:
+
+        >>> head = tf_dropmax.DropMaxHead(3)
+        >>> head.mask_distribution(np.ones((2, 4), "float32")).sample(seed=1).shape
+        TensorShape([2, 3])
+        """
+        if self.retain_probability is not None or not self.stochastic:
+            raise ValueError(
+                "Only adaptive DropMax has relaxed masks. Received: "
+                f"retain_probability={self.retain_probability}, stochastic={self.stochastic}"
+            )
+        return tfp.distributions.RelaxedBernoulli(self.temperature, logits=self._adaptive_retain_logits(features))
+
+    def _adaptive_retain_logits(self, features):
+        features = tf.convert_to_tensor(features)
+        _check_floating(features.dtype)
+        if not self.built:
+            self.build(features.shape)
+        return self._branch(features, self.retain_kernel, self.retain_bias)
+
+    @property
+    def _output_dtype(self):
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.units)
+
+    def compute_output_spec(self, inputs, training=False, mask=None):
+        _check_floating(inputs.dtype)
+        return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype=self._output_dtype)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        # How far the stream of training masks has come, so that a resumed training goes on where it stopped.
+        store["steps"] = self._train_seeds.state.numpy()[1]
+
+    def load_own_variables(self, store):
+        stored = {key: store[key] for key in store.keys()}  # noqa: SIM118 (a store has keys, but is no mapping)
+        steps = stored.pop("steps", None)  # absent from files written by other means
+        super().load_own_variables(stored)
+        if steps is not None:
+            seed = self._train_seeds.state.numpy()[0]
+            self._train_seeds.state.assign([seed, int(np.asarray(steps))])
+
+    def get_config(self):
+        config = {
+            "units": self.units,
+            "retain_probability": self.retain_probability,
+            "stochastic": self.stochastic,
+            "temperature": self.temperature,
+            "entropy_weight": self.entropy_weight,
+            "use_bias": self.use_bias,
+            "predict_mode": self.predict_mode,
+            "predict_samples": self.predict_samples,
+            "seed": self.seed,
+        }
+        for name in _WEIGHTS:
+            for kind in ("initializer", "regularizer", "constraint"):
+                serialize = getattr(keras, f"{kind}s").serialize
+                config[f"{name}_{kind}"] = serialize(getattr(self, f"{name}_{kind}"))
+        return {**super().get_config(), **config}
+
+
+def _check_floating(dtype):
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(dtype)):
+        raise ValueError(f"The inputs of a DropMaxHead must be floating point. Received: dtype={dtype}")
+
+
+def _masked_mean(values, mask):
+    """Mean of `values` where `mask` is true, as Keras averages a masked loss; 0 if that is nowhere."""
+    if mask is None:
+        return tf.reduce_mean(values)
+    weights = tf.cast(mask, values.dtype)
+    return tf.math.divide_no_nan(tf.reduce_sum(values * weights), tf.reduce_sum(weights))
+
+
+def _seeded(initializer, seed, offset):
+    """`initializer` with a seed of its own if it is random, has none, and the head has one."""
+    if seed is None or not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    config = initializer.get_config()
+    if "seed" not in config or config["seed"] is not None:
+        return initializer
+    return type(initializer).from_config({**config, "seed": (seed + offset) % 2**31})
+
+
+def check_mode(name, mode):
+    if mode not in PREDICT_MODES:
+        raise ValueError(f"`{name}` must be one of {PREDICT_MODES}. Received: {name}={mode!r}")
+    return mode
+
+
+def check_positive_int(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+    return int(value)
+
+
+def _boolean(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}")
+    return value
+
+
+def _number(name, value, expected, valid):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not valid(value):
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+    return float(value)
