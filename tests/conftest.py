@@ -39,7 +39,7 @@ def golden():
     return dict(np.load(found[0]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def blobs():
     """A small learnable problem: 4 classes, 160 rows, 6 features."""
     rng = np.random.default_rng(1)

@@ -25,6 +25,37 @@ def objective(logits, retain_logits, uniform, labels, entropy_weight, temperatur
     return total / len(labels)
 
 
+def label_objective(logits, retain_logits, auxiliary_logits, uniform, labels, entropy_weight, auxiliary_weight, temperature):
+    """The objective with the label posterior (NeurIPS 2018), term by term, mean over the rows; nothing is held fixed."""
+    total = 0.0
+    for o, r, a, u, y in zip(logits, retain_logits, auxiliary_logits, uniform, labels, strict=True):
+        rho, s = sigmoid(r), sigmoid(a)
+        q = sigmoid(r + a)
+        z = sigmoid((r + a + np.log(u) - np.log(1 - u)) / temperature)
+        z[y] = 1.0
+        w = np.exp(o - o.max())
+        others = np.arange(len(o)) != y
+        kl = -np.log(rho[y])
+        kl += np.sum((q * np.log(q / rho) + (1 - q) * np.log((1 - q) / (1 - rho)))[others])
+        auxiliary = -np.log(s[y]) - np.sum(np.log(1 - s[others]))
+        h = -rho * np.log(rho) - (1 - rho) * np.log(1 - rho)
+        total += -np.log(w[y] / np.sum(z * w)) + kl + auxiliary_weight * auxiliary - entropy_weight * h.sum()
+    return total / len(labels)
+
+
+def project_onto_simplex(z):
+    """Sparsemax of one row: of all supports, the one whose projection is closest."""
+    best, distance = None, np.inf
+    for size in range(1, len(z) + 1):
+        for support in itertools.combinations(range(len(z)), size):
+            support = list(support)
+            p = np.zeros(len(z))
+            p[support] = z[support] - (z[support].sum() - 1) / size
+            if p.min() >= 0 and np.sum((p - z) ** 2) < distance:
+                best, distance = p, np.sum((p - z) ** 2)
+    return best
+
+
 def enumerate_masks(logits, retain_logits):
     """Eq. (16): the softmax (5) under every one of the 2^T masks, weighted by its probability."""
     classes = np.shape(logits)[-1]

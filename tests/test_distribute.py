@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, functional
+from tf_dropmax.seeds import next_seed
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_replicas_draw_masks_of_their_own(strategy):
 
     @tf.function
     def draws():
-        return strategy.run(lambda: functional.uniform((10_000,), head._next_seed(head._train_seeds)))
+        return strategy.run(lambda: functional.uniform((10_000,), next_seed(head._train_seeds)))
 
     head.predict_mode = "sampled"
     for call in [lambda: outputs(True), lambda: outputs(False), draws]:

@@ -169,10 +169,27 @@ def test_exact_beyond_the_quadrature_range(rng):
     np.testing.assert_allclose(np.exp(functional.exact(logits, retain_logits)), reference, atol=1e-11)
 
 
-def test_exact_with_one_class_and_with_many():
-    np.testing.assert_allclose(functional.exact([[3.0]], [[-2.0]]), [[0.0]], atol=1e-6)
-    log_p = functional.exact(np.zeros((1, 20_000), "float32"), np.zeros((1, 20_000), "float32"))
-    np.testing.assert_allclose(log_p, np.full((1, 20_000), -np.log(20_000)), atol=1e-4)
+@pytest.mark.parametrize("classes", [1, 100, 10_000])
+def test_exact_with_one_class_and_with_many(classes):
+    """Where enumeration is out of reach: against a much finer quadrature, and against what symmetry demands."""
+    logits = np.zeros((4, classes), "float32")
+    logits[0, 0], logits[1, 0], logits[2] = np.log(classes), 3, np.linspace(0, 12, classes)
+    for retain_logit in [-4.0, 0.0, 3.0]:
+        retain_logits = np.full((4, classes), retain_logit, "float32")
+        p = np.exp(functional.exact(logits, retain_logits))
+        reference = np.exp(functional.exact(logits.astype("float64"), retain_logits.astype("float64")))
+        np.testing.assert_allclose(p, reference, atol=5e-6)
+        np.testing.assert_allclose(p[3], 1 / classes, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", PREDICTIONS)
+def test_rows_do_not_touch_each_other(rng, mode):
+    logits, retain_logits = rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
+    before = PREDICTIONS[mode](logits, retain_logits).numpy()
+    logits[1, 2] = np.nan
+    after = PREDICTIONS[mode](logits, retain_logits).numpy()
+    np.testing.assert_allclose(after[[0, 2]], before[[0, 2]], atol=1e-12)
+    assert np.isnan(after[1]).any()
 
 
 @pytest.mark.parametrize("mode", ["expected", "exact"])
@@ -202,11 +219,12 @@ def test_prediction_gradients(rng, mode):
 
 
 def test_sampled_gradient(rng):
-    logits, retain_logits = rng.normal(size=(3, 4)), 6 + rng.normal(size=(3, 4))
-    retain_logits[0, 0] = -1.0
+    logits, retain_logits = rng.normal(size=(6, 4)), rng.normal(size=(6, 4)) - np.arange(6)[:, None] / 3 + 0.5
+    weights = rng.normal(size=(6, 4))
 
     def value(o):
-        return tf.reduce_sum(functional.sampled(o, retain_logits, samples=20, seed=(1, 2))[:, 1:])
+        p = tf.exp(functional.sampled(o, retain_logits, samples=20, seed=(1, 2)))
+        return tf.reduce_sum(weights * tf.math.log(p + 0.01))
 
     _, (gradient,) = value_and_gradients(value, logits)
     np.testing.assert_allclose(gradient, oracles.central_differences(lambda o: value(o).numpy(), logits, 1e-6), atol=1e-7)
@@ -287,12 +305,57 @@ def test_logits_are_shift_invariant(rng):
             np.testing.assert_allclose(shifted, function(logits, retain_logits), atol=1e-8, err_msg=name)
 
 
+def test_sparsemax_is_the_projection_onto_the_simplex(rng):
+    logits = np.concatenate([rng.normal(size=(20, 5)) * scale for scale in (0.1, 1, 10)] + [np.zeros((1, 5))])
+    np.testing.assert_allclose(functional.sparsemax(logits), [oracles.project_onto_simplex(z) for z in logits], atol=1e-12)
+    np.testing.assert_allclose(functional.sparsemax([0.0, 0.5, 1.0]), [0, 0.25, 0.75])
+    _, (gradient,) = value_and_gradients(lambda z: functional.sparsemax(z)[:, 1], logits[:40])
+    reference = oracles.central_differences(lambda z: functional.sparsemax(z)[:, 1].numpy().sum(), logits[:40], 1e-7)
+    np.testing.assert_allclose(gradient, reference, atol=1e-6)
+
+
+def test_sparsemax_loss_is_that_of_its_definition(rng):
+    """-z_y + max over the simplex of (p z - |p|^2 / 2) + 1/2, whose gradient is the projection less the label."""
+    logits = np.concatenate([rng.normal(size=(20, 5)) * scale for scale in (0.1, 1, 10)])
+    scores, (gradient,) = value_and_gradients(functional.sparsemax_scores, logits)
+    for row, z in enumerate(logits):
+        p = oracles.project_onto_simplex(z)
+        np.testing.assert_allclose(-scores[row], -z + p @ z - p @ p / 2 + 0.5, atol=1e-12)
+        np.testing.assert_allclose(gradient[row], 1 - 5 * p, atol=1e-12)
+
+
+def test_sampled_softmax_is_a_softmax_over_target_and_sample(rng):
+    logits, uniform = rng.normal(size=(4, 6)), rng.uniform(size=6)
+    q = rng.dirichlet(np.ones(6))
+    for size in range(1, 6):
+        scores = functional.sampled_softmax_scores(logits, q, uniform, size)
+        arrival = -np.log(uniform) / q
+        sample = np.argsort(arrival)[:size]
+        corrected = logits - np.log(1 - np.exp(-q * np.sort(arrival)[size]))
+        for row in range(4):
+            for y in range(6):
+                competing = sorted({y, *sample})
+                expected = corrected[row, y] - np.log(np.sum(np.exp(corrected[row, competing])))
+                assert scores[row, y].numpy() == pytest.approx(expected, rel=1e-9)
+
+
+def test_sampled_softmax_draws_from_its_distribution(rng):
+    """The first to arrive is class t with probability Q_t: chi-square on 20,000 draws, seed fixed."""
+    q = np.array([0.5, 0.3, 0.15, 0.05])
+    uniform = functional.uniform((20_000, 4), (1, 2), "float64")
+    zeros = np.zeros((1, 4))
+    sampled = tf.vectorized_map(lambda u: functional.sampled_softmax_scores(zeros, q, u, 1), uniform)
+    # The class in the sample, as a target, competes with nothing.
+    counts = np.bincount(sampled.numpy()[:, 0].argmax(-1), minlength=4)
+    assert stats.chisquare(counts, 20_000 * q).pvalue > 1e-4
+
+
 EXTREMES = [0.0, 1.0, -20.0, 90.0, -1e4, 1e4, 1e30, -1e30, 3.4e38, -3.4e38]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*PREDICTIONS, "scores", "attention", "random", "entropy"])
+@pytest.mark.parametrize("name", [*PREDICTIONS, "scores", "attention", "random", "entropy", "label", "sparsemax", "sparse"])
 def test_finite_for_any_finite_input(rng, classes, dtype, name):
     """Values and gradients, with every sign and size of logits, masks all 0 and all 1 included."""
     logits = rng.choice(EXTREMES, size=(60, classes)).astype(dtype)
@@ -305,6 +368,11 @@ def test_finite_for_any_finite_input(rng, classes, dtype, name):
         "attention": lambda o, r: functional.expected(o, r) - functional.entropy(r),
         "random": lambda o, r: functional.target_log_likelihood(o, functional.bernoulli_mask_logits(0.2, uniform)),
         "entropy": lambda o, r: functional.entropy(r) + 0 * o,
+        "label": lambda o, r: functional.posterior_scores(
+            o, r, r[::-1], functional.mask_logits(functional.posterior_logits(r, r[::-1]), uniform), 0.1
+        ),
+        "sparsemax": lambda o, r: functional.sparsemax(o) + 0 * r,
+        "sparse": lambda o, r: functional.sparsemax_scores(o) + 0 * r,
     }
     outputs = {}
 
@@ -331,7 +399,11 @@ def test_a_hundred_thousand_classes(rng):
         log_p = function(logits, retain_logits).numpy()
         assert np.isfinite(log_p).all(), name
         np.testing.assert_allclose(np.exp(log_p.astype("float64")).sum(-1), 1, atol=1e-4, err_msg=name)
-    masks = functional.mask_logits(retain_logits, functional.uniform((2, 100_000), (1, 2)))
-    assert np.isfinite(functional.scores(logits, retain_logits, masks)).all()
+    uniform = functional.uniform((2, 100_000), (1, 2))
+    scores, gradients = value_and_gradients(
+        lambda o, r: functional.scores(o, r, functional.mask_logits(r, uniform)), logits, retain_logits
+    )
+    assert np.isfinite(scores).all()
+    assert np.isfinite(gradients).all()
     # With so many classes, the expectation is close to the expected masks.
     np.testing.assert_allclose(functional.exact(logits, retain_logits), functional.expected(logits, retain_logits), atol=5e-3)

@@ -59,6 +59,78 @@ def test_golden_objective(golden, monkeypatch, dtype, tolerance):
     np.testing.assert_allclose(gradients, [golden["grad_logits"], golden["grad_retain"]], atol=1e-6)
 
 
+def three_branch_head(classes, **kwargs):
+    """A head whose features are logits, retain logits and auxiliary logits, side by side."""
+    head = DropMaxHead(classes, posterior="label", **kwargs)
+    head.build((None, 3 * classes))
+    kernels = np.split(np.eye(3 * classes), 3, axis=1)
+    for kernel, value in zip((head.kernel, head.retain_kernel, head.auxiliary_kernel), kernels, strict=True):
+        kernel.assign(value)
+    return head
+
+
+def label_path(monkeypatch, branches, uniform, labels, entropy_weight, auxiliary_weight, temperature, dtype):
+    monkeypatch.setattr(functional, "uniform", lambda shape, seed, dtype: tf.constant(uniform, dtype))
+    settings = {"entropy_weight": entropy_weight, "auxiliary_weight": auxiliary_weight, "temperature": temperature}
+    head = three_branch_head(branches[0].shape[1], dtype=dtype, **settings)
+    features = tf.constant(np.concatenate(branches, axis=1), dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        value = DropMaxLoss(dtype=dtype)(labels, head(features, training=True)) + head.losses[0]
+    return value.numpy(), np.split(tape.gradient(value, features).numpy(), 3, axis=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_label_posterior_objective(rng, monkeypatch, dtype, tolerance):
+    o, r, a = branches = 2 * rng.normal(size=(3, 8, 5))
+    arguments = (rng.uniform(0.01, 0.99, size=(8, 5)), rng.integers(5, size=8), 0.7, 0.4, 0.2)
+    value, gradients = label_path(monkeypatch, branches, *arguments, dtype)
+    assert value == pytest.approx(oracles.label_objective(o, r, a, *arguments), rel=tolerance)
+    by_o = oracles.central_differences(lambda o: oracles.label_objective(o, r, a, *arguments), o, 1e-5)
+    by_a = oracles.central_differences(lambda a: oracles.label_objective(o, r, a, *arguments), a, 1e-5)
+    np.testing.assert_allclose(gradients[2], by_a, atol=1e-6)
+
+    # The prior within the posterior is held fixed. Moving it together with -a leaves the posterior as it is, and moves, of
+    # the rest, the prior and the loss of the auxiliary classifier; that loss is all that depends on a alone.
+    def auxiliary(a):
+        s, y = oracles.sigmoid(a), arguments[1]
+        target = np.eye(5)[y]
+        return -arguments[3] * np.sum(np.where(target, np.log(s), np.log(1 - s))) / 8
+
+    together = oracles.central_differences(lambda x: oracles.label_objective(o, x, a + r - x, *arguments), r, 1e-5)
+    alone = oracles.central_differences(lambda x: auxiliary(a + r - x), r, 1e-5)
+    np.testing.assert_allclose(gradients[1], together - alone, atol=1e-6)
+    np.testing.assert_allclose(gradients[0], by_o, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_golden_label_objective(golden, monkeypatch, dtype, tolerance):
+    branches = [golden[name] for name in ("logits", "retain_logits", "auxiliary_logits")]
+    arguments = (golden["uniform"], golden["labels"], float(golden["lam"]), 1.0, float(golden["tau"]))
+    value, gradients = label_path(monkeypatch, branches, *arguments, dtype)
+    assert value == pytest.approx(float(golden["label_objective"]), rel=tolerance)
+    for gradient, name in zip(gradients, ("logits", "retain", "auxiliary"), strict=True):
+        np.testing.assert_allclose(gradient, golden[f"label_grad_{name}"], atol=1e-6)
+
+
+def test_label_posterior_predicts_by_the_prior_alone(rng):
+    head = DropMaxHead(3, posterior="label", seed=1)
+    features = rng.normal(size=(5, 4)).astype("float32")
+    before = head(features).numpy()
+    assert [w.name for w in head.weights][-2:] == ["auxiliary_kernel", "auxiliary_bias"]
+    assert not np.allclose(head.auxiliary_kernel, head.retain_kernel)
+    np.testing.assert_allclose(
+        head.mask_distribution(features).logits_parameter(),
+        features @ (head.retain_kernel + head.auxiliary_kernel).numpy(),
+        atol=1e-5,
+    )
+    head.auxiliary_kernel.assign(head.auxiliary_kernel * 3)
+    np.testing.assert_array_equal(head(features), before)
+    unseeded = DropMaxHead(3, posterior="label")
+    unseeded.build((None, 4))
+    assert not np.allclose(unseeded.auxiliary_kernel, unseeded.retain_kernel)
+
+
 def test_golden_predictions(golden):
     features = np.concatenate([golden["logits"], golden["retain_logits"]], axis=1).astype("float32")
     for mode in ["expected", "exact", "softmax"]:
@@ -281,6 +353,10 @@ def test_from_dense_refuses_what_it_cannot_start_from():
         {"stochastic": "no"},
         {"use_bias": 1},
         {"retain_probability": 0.5, "stochastic": False},
+        {"posterior": "both"},
+        {"posterior": "label", "stochastic": False},
+        {"posterior": "label", "retain_probability": 0.5},
+        *({"auxiliary_weight": value} for value in (-1, np.inf, "1")),
     ],
     ids=str,
 )

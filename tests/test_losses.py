@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_dropmax import DropMaxLoss
+from tf_dropmax import DropMaxLoss, SampledSoftmaxLoss, SparsemaxLoss, functional
 
 LOG_P = np.log([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).astype("float32")
 
@@ -105,3 +105,66 @@ def test_sparse_labels_survive_a_narrow_float_default():
     log_p = np.zeros((1, 5000), "float32")
     log_p[0, 4097] = -3
     assert loss([4097], log_p).numpy() == 3
+
+
+LOGITS = np.array([[2.0, 1.5, -1.0], [0.1, 0.2, 0.3]], "float32")
+
+
+def test_sparsemax_loss():
+    for labels in (np.array([1, 2]), np.eye(3)[[1, 2]]):
+        expected = -np.mean(functional.sparsemax_scores(LOGITS).numpy()[[0, 1], [1, 2]])
+        assert SparsemaxLoss()(labels, LOGITS).numpy() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="Labels must have the shape"):
+        SparsemaxLoss()(np.zeros(5), LOGITS)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "learned_unigram"])
+def test_sampled_softmax_loss(sampler):
+    logits = np.tile(np.linspace(0, 1, 10, dtype="float32"), (4, 1))
+    values = [float(SampledSoftmaxLoss(0.4, sampler, seed=s)(np.arange(4), logits)) for s in range(30)]
+    full = float(DropMaxLoss()(np.arange(4), functional.softmax(logits)))
+    assert len(set(values)) > 20
+    assert all(np.log(2) < value < full for value in values)
+    loss = SampledSoftmaxLoss(0.4, sampler, seed=5)
+    assert float(loss(np.arange(4), logits)) == values[5]
+    assert float(loss(np.arange(4), logits)) != values[5]
+
+
+@pytest.mark.parametrize("form", ["sparse", "column", "one-hot"])
+def test_learned_unigram_counts_labels(form):
+    loss = SampledSoftmaxLoss(0.5, "learned_unigram", seed=1)
+    labels = np.array([0, 0, 2, 0])
+    labels = {"sparse": labels, "column": labels[:, None], "one-hot": np.eye(4)[labels]}[form]
+    call = tf.function(loss)
+    for _ in range(2):
+        call(tf.constant(labels), tf.zeros((4, 4)))
+    np.testing.assert_array_equal(loss._counts, [7, 1, 3, 1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize("make", [SparsemaxLoss, lambda: SampledSoftmaxLoss(0.5, "learned_unigram", seed=1)])
+def test_baseline_losses_train(blobs, make, settings):
+    x, y = blobs
+    initializer = keras.initializers.GlorotUniform(seed=1)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4, kernel_initializer=initializer)])
+    model.compile(keras.optimizers.Adam(0.05), make(), metrics=["accuracy"], **settings)
+    history = model.fit(x, y, epochs=12, shuffle=False, verbose=0).history
+    assert history["accuracy"][-1] > 0.9
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"sample_fraction": 0}, {"sample_fraction": 1.0}, {"sampler": "zipf"}, {"seed": 1.5}], ids=str
+)
+def test_bad_arguments_of_sampled_softmax(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises((ValueError, TypeError), match=f"{name}.*Received.*{value}"):
+        SampledSoftmaxLoss(**{"sample_fraction": 0.5, **arguments})
+    with pytest.raises(ValueError, match="2 or more"):
+        SampledSoftmaxLoss(0.5)([0], np.zeros((1, 1)))
+
+
+@pytest.mark.parametrize("loss", [SparsemaxLoss(label_smoothing=0.1), SampledSoftmaxLoss(0.3, "learned_unigram", seed=4)])
+def test_configs_of_the_baseline_losses(loss):
+    again = keras.losses.deserialize(keras.losses.serialize(loss))
+    assert type(again) is type(loss)
+    assert again.get_config() == loss.get_config()

@@ -16,6 +16,7 @@ from tf_dropmax import DropMaxHead, DropMaxLoss
 HEADS = [
     {},
     {"retain_probability": 0.4},
+    {"posterior": "label", "auxiliary_weight": 0.2},
     {"stochastic": False, "predict_mode": "exact"},
     {"temperature": 0.5, "entropy_weight": 0.1, "use_bias": False, "predict_mode": "softmax", "seed": 5},
     {"retain_kernel_initializer": "zeros", "kernel_regularizer": "l2", "retain_bias_constraint": "non_neg"},

@@ -2,9 +2,19 @@
 
 from tf_dropmax import functional
 from tf_dropmax.callbacks import DropMaxPredict, predict_mode
+from tf_dropmax.functional import sparsemax
 from tf_dropmax.head import DropMaxHead
-from tf_dropmax.losses import DropMaxLoss
+from tf_dropmax.losses import DropMaxLoss, SampledSoftmaxLoss, SparsemaxLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["DropMaxHead", "DropMaxLoss", "DropMaxPredict", "functional", "predict_mode"]
+__all__ = [
+    "DropMaxHead",
+    "DropMaxLoss",
+    "DropMaxPredict",
+    "SampledSoftmaxLoss",
+    "SparsemaxLoss",
+    "functional",
+    "predict_mode",
+    "sparsemax",
+]

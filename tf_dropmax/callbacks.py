@@ -4,7 +4,8 @@ import contextlib
 
 import keras
 
-from tf_dropmax.head import DropMaxHead, check_mode, check_positive_int
+from tf_dropmax.checks import check_one_of, check_positive_int
+from tf_dropmax.head import PREDICT_MODES, DropMaxHead
 
 
 @contextlib.contextmanager
@@ -33,14 +34,14 @@ def predict_mode(model, mode, samples=30):
     'expected'
     """
     heads = _heads(model)
-    before = [(head.predict_mode, head.predict_samples) for head in heads]
+    before = [head._get_predict_setting() for head in heads]
     try:
         for head in heads:
-            head.predict_mode, head.predict_samples = mode, samples
+            head._set_predict_setting(mode, samples)
         yield model
     finally:
         for head, setting in zip(heads, before, strict=True):
-            head.predict_mode, head.predict_samples = setting
+            head._set_predict_setting(*setting)
 
 
 def _heads(model):
@@ -77,13 +78,22 @@ class DropMaxPredict(keras.callbacks.Callback):
 
     def __init__(self, mode, samples=30):
         super().__init__()
-        self.mode = check_mode("mode", mode)
+        self.mode = check_one_of("mode", mode, PREDICT_MODES)
         self.samples = check_positive_int("samples", samples)
+        self._leave = self._make = None
 
     def on_train_begin(self, logs=None):
         _heads(self.model)  # a model without a head is an error now, not after the first epoch
 
+    # Keras calls `on_..._end` only if nothing went wrong. So the mode is set around each single step, where a `finally` can
+    # take it back; and the wrapper that does so is taken off at the end or, if the end never came, by
+    # `make_..._function`, with which Keras begins every call of `predict` and `evaluate`. Such a call may also come from
+    # another callback, in the midst of this one: then the next batch puts the wrapper on again.
+
     def on_predict_begin(self, logs=None):
+        self._enter("predict")
+
+    def on_predict_batch_begin(self, batch, logs=None):
         self._enter("predict")
 
     def on_predict_end(self, logs=None):
@@ -92,19 +102,20 @@ class DropMaxPredict(keras.callbacks.Callback):
     def on_test_begin(self, logs=None):
         self._enter("test")
 
+    def on_test_batch_begin(self, batch, logs=None):
+        self._enter("test")
+
     def on_test_end(self, logs=None):
         self._leave()
 
-    # Keras calls `on_..._end` only if nothing went wrong. So the mode is set around each single step, where a `finally` can
-    # take it back; and the wrapper that does so is taken off at the end or, if the end never came, by
-    # `make_..._function`, with which Keras begins every call of `predict` and `evaluate`.
-
     def _enter(self, kind):
-        model = self.model
-        _heads(model)
-        step_name, make_name = f"{kind}_function", f"make_{kind}_function"
-        if make_name in vars(model):
+        model, step_name, make_name = self.model, f"{kind}_function", f"make_{kind}_function"
+        present = vars(model).get(make_name)
+        if present is not None:
+            if present is self._make:
+                return
             raise ValueError(f"Expected one DropMaxPredict in a call. Received: another one, with mode={self.mode!r}")
+        _heads(model)
         step, make = getattr(model, step_name), getattr(model, make_name)
 
         def step_in_mode(*args):
@@ -112,9 +123,10 @@ class DropMaxPredict(keras.callbacks.Callback):
                 return step(*args)
 
         def leave():
-            delattr(model, make_name)
-            if getattr(model, step_name) is step_in_mode:  # not, if the model was compiled since
-                setattr(model, step_name, step)
+            if vars(model).get(make_name) is make_after_leaving:
+                delattr(model, make_name)
+                if getattr(model, step_name) is step_in_mode:  # not, if the model was compiled since
+                    setattr(model, step_name, step)
 
         def make_after_leaving(*args, **kwargs):
             leave()
@@ -122,4 +134,4 @@ class DropMaxPredict(keras.callbacks.Callback):
 
         setattr(model, step_name, step_in_mode)
         setattr(model, make_name, make_after_leaving)
-        self._leave = leave
+        self._leave, self._make = leave, make_after_leaving

@@ -139,7 +139,7 @@ def target_log_likelihood(logits, mask_logits):
         mask_logits: Float tensor, shape `(..., T)`, from `mask_logits` or `bernoulli_mask_logits`.
 
     Returns:
-        Tensor of shape `(..., T)`, values at most 0.
+        Tensor of shape `(..., T)`, values at most 0, but for rounding.
 
     Example:
 
@@ -199,6 +199,61 @@ def scores(logits, retain_logits, mask_logits, entropy_weight=1.0):
     retain_logits = _clip(retain_logits)
     prior = tf.math.log_sigmoid(retain_logits) - entropy_weight * entropy(retain_logits)
     return prior + target_log_likelihood(logits, mask_logits)
+
+
+def posterior_logits(retain_logits, auxiliary_logits):
+    """Retain logits of the label posterior (NeurIPS 2018): those of the prior, held fixed, plus the auxiliary ones.
+
+    Args:
+        retain_logits: Float tensor, shape `(..., T)`, of the prior. No gradient reaches it.
+        auxiliary_logits: Float tensor, shape `(..., T)`, of the classifier that predicts the label.
+
+    Returns:
+        Tensor of shape `(..., T)`.
+
+    Example:
+
+    >>> tf_dropmax.functional.posterior_logits([1.0, 2.0], [0.5, -3.0]).numpy().tolist()
+    [1.5, -1.0]
+    """
+    return tf.stop_gradient(_clip(retain_logits)) + _clip(auxiliary_logits)
+
+
+def posterior_scores(logits, retain_logits, auxiliary_logits, mask_logits, auxiliary_weight=1.0):
+    """Training scores with the label posterior (NeurIPS 2018); minus the target's score is all of the loss but the entropy.
+
+    For a target y that loss is: the cross entropy with masks from the posterior, the target's at 1; the KL divergence of
+    posterior from prior, `-log rho_y` for the target and that of two Bernoulli variables, `KL(q_t || rho_t)`, for the
+    others; and `auxiliary_weight` times the loss of the auxiliary classifier `s`, `-log s_y - sum_{t != y} log(1 - s_t)`.
+    The entropy regulariser, over all classes of the prior, does not depend on the label and is not in here.
+
+    Args:
+        logits: Float tensor, shape `(..., T)`.
+        retain_logits: Float tensor, shape `(..., T)`, of the prior.
+        auxiliary_logits: Float tensor, shape `(..., T)`, `s = sigmoid(auxiliary_logits)`.
+        mask_logits: Float tensor, shape `(..., T)`: `mask_logits(posterior_logits(retain_logits, auxiliary_logits), ...)`.
+        auxiliary_weight: Non-negative float; 1.0 is as published. Defaults to 1.0.
+
+    Returns:
+        Tensor of shape `(..., T)`. Not normalised.
+
+    Example:
+
+    >>> F = tf_dropmax.functional
+    >>> o, r, a = tf.constant([[[2.0, -1.0]], [[3.0, 0.0]], [[1.0, -2.0]]])
+    >>> masks = F.mask_logits(F.posterior_logits(r, a), F.uniform((1, 2), seed=(0, 1)))
+    >>> F.posterior_scores(o, r, a, masks).shape
+    TensorShape([1, 2])
+    """
+    retain_logits, auxiliary_logits = _clip(retain_logits), _clip(auxiliary_logits)
+    posterior = posterior_logits(retain_logits, auxiliary_logits)
+    log_prior, log_posterior = tf.math.log_sigmoid(retain_logits), tf.math.log_sigmoid(posterior)
+    # log(1 - q) = log q - c; written so that neither term loses its digits where q is close to 0 or 1.
+    kl = tf.sigmoid(posterior) * (log_posterior - log_prior)
+    kl += tf.sigmoid(-posterior) * (tf.math.log_sigmoid(-posterior) - tf.math.log_sigmoid(-retain_logits))
+    target = log_prior + kl + auxiliary_weight * auxiliary_logits  # what a target has in place of what it has in the sum
+    every = auxiliary_weight * tf.math.log_sigmoid(-auxiliary_logits) - kl
+    return target_log_likelihood(logits, mask_logits) + target + tf.reduce_sum(every, axis=-1, keepdims=True)
 
 
 def softmax(logits):
@@ -268,8 +323,9 @@ def sampled(logits, retain_logits, samples=30, seed=(0, 0)):
         def add(index, total):
             draws = uniform(tf.shape(logits), tf.stack([seed[0] + index * _SAMPLE_STRIDE, seed[1]]), logits.dtype)
             # With nothing retained all entries are equal, and the softmax is uniform as it should be.
-            kept = tf.where(draws < retain, logits, tf.constant(_DROPPED, logits.dtype))
-            return index + 1, total + term(tf.nn.softmax(kept))
+            kept = draws < retain
+            p = tf.nn.softmax(tf.where(kept, logits, tf.constant(_DROPPED, logits.dtype)))
+            return index + 1, total + term(p, kept)
 
         count = tf.cast(samples, tf.int64)
         start = (tf.zeros((), tf.int64), tf.zeros_like(logits))
@@ -278,12 +334,12 @@ def sampled(logits, retain_logits, samples=30, seed=(0, 0)):
 
     @tf.custom_gradient
     def log_mean(logits, retain_logits):
-        mean = tf.maximum(mean_over_masks(lambda p: p), _tiny(logits))
+        mean = tf.maximum(mean_over_masks(lambda p, kept: p), _tiny(logits))
 
         def gradient(upstream):
-            def term(p):
+            def term(p, kept):
                 pull = upstream * (p / mean)  # the ratio is at most `samples`, whatever the mean
-                return pull - p * tf.reduce_sum(pull, axis=-1, keepdims=True)
+                return tf.where(kept, pull - p * tf.reduce_sum(pull, axis=-1, keepdims=True), 0)
 
             return mean_over_masks(term), tf.zeros_like(retain_logits)
 
@@ -301,10 +357,12 @@ def exact(logits, retain_logits):
         p_k = int_0^inf rho_k w_k exp(-s w_k) prod_{t != k} phi_t(s) ds + prod_t (1 - rho_t) / T
 
     which is smooth in `log s`, where the trapezoid rule converges geometrically. One pass over the nodes serves all k, so
-    memory is O(B T) and time O(Q B T), with Q from about 40 to 170 nodes, by the widest row of the batch.
+    memory is O(B T) and time O(Q B T), with Q from about 40 to 170 nodes in float32 and twice that in float64, by the widest
+    row of the batch.
 
-    The error is below 1e-5 in probability (float32; 1e-12 in float64) for logit spreads up to 60. In wider rows, gaps
-    between neighbouring logits count as at most 30, and logits further than 400 below the largest count as 400 below. A
+    The error is below 1e-5 in probability (float32; 1e-12 in float64) for logit spreads up to 60. If a row is wider, then in
+    all rows gaps between neighbouring logits count as at most 30, logits further than 400 below the largest count as 400
+    below, and the nodes may be five times as many. A
     probability too small for the quadrature is replaced by its lower bound, by Jensen's inequality,
     `rho_k w_k / (w_k + sum_{t != k} rho_t w_t)`, so that log-probabilities are finite and of a sensible size. Gradients are
     by quadrature too.
@@ -325,8 +383,12 @@ def exact(logits, retain_logits):
     logits, retain_logits = _broadcast(logits, retain_logits)
     shape, classes = tf.shape(logits), logits.shape[-1]
     rows = [tf.reshape(x, (-1, shape[-1] if classes is None else classes)) for x in (logits, retain_logits)]
+    # A row with a NaN gets NaN, and must not touch the others, with which it shares the nodes.
+    broken = tf.reduce_any(tf.math.is_nan(rows[0] + rows[1]), axis=-1, keepdims=True)
+    rows = [tf.where(broken, tf.zeros_like(x), x) for x in rows]
     log_p = tf.maximum(_log_quadrature(*rows), _jensen_bound(*rows))
     log_p = tf.nn.log_softmax(log_p)  # takes away what the quadrature missed, 1e-7 or so
+    log_p = tf.where(broken, tf.constant(np.nan, log_p.dtype), log_p)
     return tf.ensure_shape(tf.reshape(log_p, shape), logits.shape)
 
 
@@ -361,9 +423,11 @@ def _log_quadrature(logits, retain_logits):
         def add(index, _, *totals):
             position = first + width * tf.cast(index, logits.dtype)
             y = tf.exp(tf.minimum(position + relative, 5.0))  # s w; at exp(5), exp(-s w) is 0 already
-            decay = tf.exp(-y)
+            loss = tf.math.expm1(-y)
+            decay = 1 + loss
             phi = tf.maximum(drop + retain * decay, tiny)
-            log_phi = tf.math.log(phi)
+            # Near 1, phi has lost digits that a sum over many classes would miss: phi - 1 is `retain * loss`.
+            log_phi = tf.math.log(phi) + tf.where(phi > 0.5, (retain * loss - (phi - 1)) / phi, 0)
             survival = tf.reduce_sum(log_phi, axis=-1, keepdims=True)
             density = retain * y * decay * tf.exp(survival - log_phi)
             totals = [total + term for total, term in zip(totals, terms(y, decay, phi, density), strict=True)]
@@ -395,7 +459,7 @@ def _log_quadrature(logits, retain_logits):
 
 
 def _narrow(logits):
-    """Rows `(B, T)` less their maximum; gaps in rows wider than 60 are capped, which alters no probability by 1e-13 T."""
+    """Rows `(B, T)` less their maximum. If one is wider than 60, gaps are capped, which alters no probability by 1e-13 T."""
     relative = _relative(logits)
 
     def cap():
@@ -411,6 +475,106 @@ def _narrow(logits):
 def _clip(x):
     x = tf.convert_to_tensor(x)
     return tf.clip_by_value(x, -_LIMIT, _LIMIT)
+
+
+def sampled_softmax_scores(logits, class_probabilities, uniform, sample_size):
+    """For every class k at once: the log-likelihood of k, if k is the target, among the target and a sample of classes.
+
+    The sample is drawn without replacement: class t arrives at time `-log(u_t) / Q_t`, and the first `sample_size` to arrive
+    are in. At the time when the next one would arrive, a class is in with probability `1 - exp(-Q_t time)`; the logits are
+    corrected by the log of it (learned or uniform Q, Jean et al., 2014). A target that is in the sample counts once.
+
+    Args:
+        logits: Float tensor, shape `(..., T)`.
+        class_probabilities: Float tensor, shape `(T,)`, the distribution Q; positive.
+        uniform: Float tensor, shape `(T,)`, draws from the open interval (0, 1).
+        sample_size: Int, at least 1 and below T.
+
+    Returns:
+        Tensor of shape `(..., T)`, values at most 0.
+
+    Example:
+
+    >>> scores = tf_dropmax.functional.sampled_softmax_scores([0.0] * 4, [0.25] * 4, [0.9, 0.8, 0.2, 0.1], sample_size=2)
+    >>> tf.exp(scores).numpy().round(4)  # the first two are in the sample
+    array([0.5   , 0.5   , 0.3333, 0.3333], dtype=float32)
+    """
+    logits = _clip(logits)
+    class_probabilities = tf.convert_to_tensor(class_probabilities, logits.dtype)
+    arrival = -tf.math.log(tf.convert_to_tensor(uniform, logits.dtype)) / class_probabilities
+    time = tf.sort(arrival)[sample_size]
+    log_chance = tf.math.log(-tf.math.expm1(-class_probabilities * time))
+    limit = tf.constant(_LIMIT, logits.dtype)
+    sample = tf.where(arrival < time, limit, -limit)
+    return target_log_likelihood(logits - log_chance, sample + tf.zeros_like(logits))
+
+
+def sparsemax(logits):
+    """The Euclidean projection of the logits onto the probability simplex (Martins & Astudillo, 2016).
+
+    Args:
+        logits: Float tensor, shape `(..., T)`.
+
+    Returns:
+        Probabilities, shape `(..., T)`, many of them exactly 0.
+
+    Example:
+
+    >>> tf_dropmax.functional.sparsemax([0.0, 0.5, 1.0]).numpy().tolist()
+    [0.0, 0.25, 0.75]
+    """
+    return _sparsemax(_relative(logits))
+
+
+@tf.custom_gradient
+def _sparsemax(relative):
+    ranked = tf.sort(relative, direction="DESCENDING", axis=-1)
+    # The logits that stay are within 1 of the largest: what is further below may be cut off, lest the sums overflow.
+    sums = tf.cumsum(tf.maximum(ranked, -2), axis=-1)
+    count = tf.range(1, tf.shape(relative)[-1] + 1)
+    inside = 1 + tf.cast(count, ranked.dtype) * tf.maximum(ranked, -2) > sums
+    size = tf.reduce_sum(tf.cast(inside, tf.int32), axis=-1, keepdims=True)
+    total = tf.reduce_sum(tf.where(inside, tf.maximum(ranked, -2), 0), axis=-1, keepdims=True)
+    threshold = (total - 1) / tf.cast(size, ranked.dtype)
+    probabilities = tf.maximum(relative - threshold, 0)
+
+    def gradient(upstream):
+        support = tf.cast(probabilities > 0, upstream.dtype)
+        mean = tf.reduce_sum(upstream * support, axis=-1, keepdims=True) / tf.reduce_sum(support, axis=-1, keepdims=True)
+        return support * (upstream - mean)
+
+    return probabilities, gradient
+
+
+def sparsemax_scores(logits):
+    """Scores whose negative is, for every class k at once, the sparsemax loss if k is the target.
+
+    `score_k = z_k - sum_{t in support} (z_t^2 - tau^2) / 2 - 1/2`; its gradient is `1_k - sparsemax(z)`.
+
+    Args:
+        logits: Float tensor, shape `(..., T)`.
+
+    Returns:
+        Tensor of shape `(..., T)`, values at most 0.
+
+    Example:
+
+    >>> tf_dropmax.functional.sparsemax_scores([5.0, 0.0]).numpy().tolist()
+    [0.0, -5.0]
+    """
+    return _sparsemax_scores(_relative(logits))
+
+
+@tf.custom_gradient
+def _sparsemax_scores(relative):
+    probabilities = _sparsemax(relative)
+    # With p = z - tau on the support: sum (z^2 - tau^2) = sum p (2 z - p).
+    conjugate = tf.reduce_sum(probabilities * (2 * tf.maximum(relative, -2) - probabilities), axis=-1, keepdims=True) / 2
+
+    def gradient(upstream):
+        return upstream - probabilities * tf.reduce_sum(upstream, axis=-1, keepdims=True)
+
+    return tf.minimum(relative - conjugate - 0.5, 0), gradient
 
 
 def _relative(logits):

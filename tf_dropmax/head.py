@@ -1,7 +1,6 @@
 """DropMaxHead: the layer that replaces the logits layer of a classifier."""
 
 import math
-import numbers
 
 import keras
 import numpy as np
@@ -9,11 +8,13 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from tf_dropmax import functional
+from tf_dropmax.checks import check_boolean, check_number, check_one_of, check_positive_int, check_seed, check_weight
+from tf_dropmax.seeds import next_seed
 
 PREDICT_MODES = ("expected", "sampled", "exact", "softmax")
+POSTERIORS = ("prior", "label")
 
-_REPLICA_STRIDE = 668265263  # odd and unrelated to the strides of seeds and samples
-_WEIGHTS = ("kernel", "bias", "retain_kernel", "retain_bias")
+_KINDS = ("initializer", "regularizer", "constraint")
 
 
 @keras.saving.register_keras_serializable("tf_dropmax")
@@ -29,8 +30,9 @@ class DropMaxHead(keras.layers.Layer):
     layer sees no labels: it returns, for every class, the score that the class has if it is the target, and `DropMaxLoss`
     picks the target's. Together with the entropy term, `-entropy_weight * mean(sum_t H(rho_t))`, which the layer adds by
     `add_loss`, that is the objective (15) exactly. At inference it returns log-probabilities, `exp` of which sums to 1.
-    Either way the output is in log space and float32 under every dtype policy but `float64`; argmax metrics, top-k, and
-    losses with `from_logits=True` take it as it is, and `keras.layers.Softmax()` on top serves probabilities.
+    Either way the output is in log space and float32 under every dtype policy but `float64` (which needs
+    `keras.config.set_floatx("float64")` to train). Argmax and top-k metrics take it as it is, and `keras.layers.Softmax()`
+    on top of a trained model serves probabilities. Train with `DropMaxLoss`: another loss would not minimise (15).
 
     `sample_weight`, `class_weight` and `loss_weights` multiply the loss, but, as with every `add_loss` in Keras, not the
     entropy term; nor does `reduction="sum"` of the loss turn that mean into a sum.
@@ -58,6 +60,13 @@ class DropMaxHead(keras.layers.Layer):
         predict_samples: Positive int, number of masks S in mode `"sampled"`. Defaults to 30.
         seed: `None` or int. Seeds the masks, in training and in mode `"sampled"`, and those initializers of this layer that
             have no seed of their own. The global seeds are not touched. Defaults to `None`: a new seed for each layer.
+        posterior: `"prior"` or `"label"`: where the training masks come from. `"prior"`: from the retain probabilities
+            themselves (9), as in the submission. `"label"`: from a posterior that an auxiliary classifier on the same features
+            informs about the label (NeurIPS 2018), see `tf_dropmax.functional.posterior_scores`; it adds the weights
+            `auxiliary_kernel` and `auxiliary_bias`, made like those of the retain branch, which prediction does not use.
+            Defaults to `"prior"`.
+        auxiliary_weight: Non-negative float, weight of the auxiliary classifier's loss with `posterior="label"`. The paper
+            has 1.0; that loss is a sum over all classes, so with many of them a smaller weight is needed. Defaults to 0.1.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`, as for every Keras layer.
 
     Input shape:
@@ -107,30 +116,50 @@ class DropMaxHead(keras.layers.Layer):
         predict_mode="expected",
         predict_samples=30,
         seed=None,
+        posterior="prior",
+        auxiliary_weight=0.1,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.units = check_positive_int("units", units)
         if retain_probability is not None:
-            retain_probability = _number("retain_probability", retain_probability, "a float in (0, 1)", lambda x: 0 < x < 1)
+            retain_probability = check_number(
+                "retain_probability", retain_probability, "a float in (0, 1)", lambda x: 0 < x < 1
+            )
             if not stochastic:
                 raise ValueError(
                     "`stochastic=False` replaces the masks by learned retain probabilities and needs "
                     f"`retain_probability=None`. Received: retain_probability={retain_probability}"
                 )
+            if posterior != "prior":
+                raise ValueError(
+                    f"`posterior='label'` needs learned masks, `retain_probability=None`. "
+                    f"Received: posterior={posterior!r}, retain_probability={retain_probability}"
+                )
+        if posterior == "label" and not stochastic:
+            raise ValueError(
+                "`posterior='label'` needs masks, `stochastic=True`. Received: posterior='label', stochastic=False"
+            )
+        self.posterior = check_one_of("posterior", posterior, POSTERIORS)
+        self.auxiliary_weight = check_weight("auxiliary_weight", auxiliary_weight)
         self.retain_probability = retain_probability
-        self.stochastic = _boolean("stochastic", stochastic)
-        self.temperature = _number("temperature", temperature, "a finite float > 0", lambda x: 0 < x < math.inf)
-        self.entropy_weight = _number("entropy_weight", entropy_weight, "a finite float >= 0", lambda x: 0 <= x < math.inf)
-        self.use_bias = _boolean("use_bias", use_bias)
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
-            raise TypeError(f"`seed` must be an int or `None`. Received: seed={seed!r}")
-        self.seed = None if seed is None else int(seed)
-        for offset, name in enumerate(_WEIGHTS):
-            initializer = keras.initializers.get(locals()[f"{name}_initializer"])
-            setattr(self, f"{name}_initializer", _seeded(initializer, self.seed, offset))
-            setattr(self, f"{name}_regularizer", keras.regularizers.get(locals()[f"{name}_regularizer"]))
-            setattr(self, f"{name}_constraint", keras.constraints.get(locals()[f"{name}_constraint"]))
+        self.stochastic = check_boolean("stochastic", stochastic)
+        self.temperature = check_number("temperature", temperature, "a finite float > 0", lambda x: 0 < x < math.inf)
+        self.entropy_weight = check_weight("entropy_weight", entropy_weight)
+        self.use_bias = check_boolean("use_bias", use_bias)
+        self.seed = check_seed(seed)
+        self.kernel_initializer = _initializer(kernel_initializer, self.seed, 0)
+        self.bias_initializer = _initializer(bias_initializer, self.seed, 1)
+        self.retain_kernel_initializer = _initializer(retain_kernel_initializer, self.seed, 2)
+        self.retain_bias_initializer = _initializer(retain_bias_initializer, self.seed, 3)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.retain_kernel_regularizer = keras.regularizers.get(retain_kernel_regularizer)
+        self.retain_bias_regularizer = keras.regularizers.get(retain_bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.retain_kernel_constraint = keras.constraints.get(retain_kernel_constraint)
+        self.retain_bias_constraint = keras.constraints.get(retain_bias_constraint)
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
@@ -139,33 +168,36 @@ class DropMaxHead(keras.layers.Layer):
         self._predict_seeds = keras.random.SeedGenerator(None if seed is None else (self.seed + 1) % 2**62)
         # The mode and the number of samples are read in the graph, so that a compiled function sees them change. Not a
         # weight: a file of weights does not depend on it, and `weights` are what `Dense` would have.
-        self._predict_mode = check_mode("predict_mode", predict_mode)
-        self._predict_samples = check_positive_int("predict_samples", predict_samples)
+        setting = _predict_setting(predict_mode, predict_samples)
         with tf.init_scope():
-            self._predict_state = tf.Variable(self._predict_setting(), trainable=False, name="predict_state")
+            # 64 bits: TensorFlow keeps 32-bit integer variables in host memory, where XLA on a GPU cannot read them.
+            self._predict_state = tf.Variable(setting, dtype=tf.int64, trainable=False, name="predict_state")
 
     @property
     def predict_mode(self):
         """What inference computes: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`. Can be set."""
-        return self._predict_mode
+        return self._get_predict_setting()[0]
 
     @predict_mode.setter
     def predict_mode(self, mode):
-        self._predict_mode = check_mode("predict_mode", mode)
-        self._predict_state.assign(self._predict_setting())
+        self._set_predict_setting(mode, self.predict_samples)
 
     @property
     def predict_samples(self):
         """Number of masks in mode `"sampled"`, a positive int. Can be set."""
-        return self._predict_samples
+        return self._get_predict_setting()[1]
 
     @predict_samples.setter
     def predict_samples(self, samples):
-        self._predict_samples = check_positive_int("predict_samples", samples)
-        self._predict_state.assign(self._predict_setting())
+        self._set_predict_setting(self.predict_mode, samples)
 
-    def _predict_setting(self):
-        return [PREDICT_MODES.index(self._predict_mode), self._predict_samples]
+    def _get_predict_setting(self):
+        with tf.init_scope():
+            index, samples = self._predict_state.numpy().tolist()
+        return PREDICT_MODES[index], samples
+
+    def _set_predict_setting(self, mode, samples):
+        self._predict_state.assign(_predict_setting(mode, samples))
 
     @classmethod
     def from_dense(cls, dense, **kwargs):
@@ -209,11 +241,7 @@ class DropMaxHead(keras.layers.Layer):
         for name in ("units", "use_bias"):
             if name in kwargs:
                 raise ValueError(f"`{name}` is that of `dense` and cannot be given. Received: {name}={kwargs[name]!r}")
-        inherited = {
-            f"{name}_{kind}": getattr(dense, f"{name}_{kind}")
-            for name in ("kernel", "bias")
-            for kind in ("initializer", "regularizer", "constraint")
-        }
+        inherited = {f"{name}_{kind}": getattr(dense, f"{name}_{kind}") for name in ("kernel", "bias") for kind in _KINDS}
         defaults = {"dtype": dense.dtype_policy, "retain_kernel_initializer": "zeros", **inherited}
         head = cls(dense.units, use_bias=dense.use_bias, **{**defaults, **kwargs})
         kernel = tf.convert_to_tensor(dense.kernel)
@@ -229,18 +257,27 @@ class DropMaxHead(keras.layers.Layer):
             raise ValueError(
                 f"The last dimension of the inputs of a DropMaxHead must be known. Received: input_shape={tuple(input_shape)}"
             )
-        for name in _WEIGHTS:
-            weight = None
-            if (self.use_bias or "bias" not in name) and (self.retain_probability is None or "retain" not in name):
-                weight = self.add_weight(
-                    name=name,
-                    shape=(self.units,) if "bias" in name else (features, self.units),
-                    initializer=getattr(self, f"{name}_initializer"),
-                    regularizer=getattr(self, f"{name}_regularizer"),
-                    constraint=getattr(self, f"{name}_constraint"),
-                )
-            setattr(self, name, weight)
+        self.kernel, self.bias = self._add_branch(features)
+        if self.retain_probability is None:
+            self.retain_kernel, self.retain_bias = self._add_branch(features, "retain_")
+        if self.posterior == "label":
+            self.auxiliary_kernel, self.auxiliary_bias = self._add_branch(features, "auxiliary_")
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+
+    def _add_branch(self, features, prefix=""):
+        """Kernel and bias of one of the branches; the bias is `None` without `use_bias`."""
+        like = prefix and "retain_"  # the auxiliary branch is made like the retain branch
+
+        def weight(name, shape, offset):
+            initializer, regularizer, constraint = (getattr(self, f"{like}{name}_{kind}") for kind in _KINDS)
+            if prefix == "auxiliary_":
+                initializer = _reseeded(initializer, self.seed, offset)
+            return self.add_weight(
+                name=prefix + name, shape=shape, initializer=initializer, regularizer=regularizer, constraint=constraint
+            )
+
+        kernel = weight("kernel", (features, self.units), 4)
+        return kernel, weight("bias", (self.units,), 5) if self.use_bias else None
 
     def call(self, inputs, training=False, mask=None):
         """Scores (in training) or log-probabilities.
@@ -274,7 +311,7 @@ class DropMaxHead(keras.layers.Layer):
 
     def _scores(self, logits, features, mask):
         if self.stochastic:
-            uniform = functional.uniform(tf.shape(logits), self._next_seed(self._train_seeds), logits.dtype)
+            uniform = functional.uniform(tf.shape(logits), next_seed(self._train_seeds), logits.dtype)
         if self.retain_probability is not None:
             masks = functional.bernoulli_mask_logits(self.retain_probability, uniform)
             return functional.target_log_likelihood(logits, masks)
@@ -283,26 +320,24 @@ class DropMaxHead(keras.layers.Layer):
         self.add_loss(-self.entropy_weight * _masked_mean(tf.reduce_sum(entropy, axis=-1), mask))
         if not self.stochastic:
             return functional.expected(logits, retain_logits) - self.entropy_weight * entropy
-        masks = functional.mask_logits(retain_logits, uniform, self.temperature)
-        return functional.scores(logits, retain_logits, masks, self.entropy_weight)
+        if self.posterior == "prior":
+            masks = functional.mask_logits(retain_logits, uniform, self.temperature)
+            return functional.scores(logits, retain_logits, masks, self.entropy_weight)
+        auxiliary_logits = self._branch(features, self.auxiliary_kernel, self.auxiliary_bias)
+        posterior_logits = functional.posterior_logits(retain_logits, auxiliary_logits)
+        masks = functional.mask_logits(posterior_logits, uniform, self.temperature)
+        return functional.posterior_scores(logits, retain_logits, auxiliary_logits, masks, self.auxiliary_weight)
 
     def _log_probabilities(self, logits, retain_logits):
         state = tf.identity(self._predict_state)  # `switch_case` wants a tensor
         modes = {
             "expected": lambda: functional.expected(logits, retain_logits),
-            "sampled": lambda: functional.sampled(logits, retain_logits, state[1], self._next_seed(self._predict_seeds)),
+            "sampled": lambda: functional.sampled(logits, retain_logits, state[1], next_seed(self._predict_seeds)),
             "exact": lambda: functional.exact(logits, retain_logits),
             "softmax": lambda: functional.softmax(logits),
         }
-        return tf.ensure_shape(tf.switch_case(state[0], [modes[name] for name in PREDICT_MODES]), logits.shape)
-
-    def _next_seed(self, generator):
-        seed = tf.convert_to_tensor(generator.next())
-        replica = tf.distribute.get_replica_context()
-        if replica is not None and replica.num_replicas_in_sync > 1:
-            # Every replica holds the same state.
-            seed += [tf.cast(replica.replica_id_in_sync_group, seed.dtype) * _REPLICA_STRIDE, 0]
-        return seed
+        index = tf.cast(state[0], tf.int32)
+        return tf.ensure_shape(tf.switch_case(index, [modes[name] for name in PREDICT_MODES]), logits.shape)
 
     def retain_probabilities(self, features):
         """Retain probability of every class, eq. (4).
@@ -320,9 +355,11 @@ class DropMaxHead(keras.layers.Layer):
         [[0.5, 0.5, 0.5]]
         """
         if self.retain_probability is not None:
-            shape = self.compute_output_shape(tf.shape(features))
+            features = tf.convert_to_tensor(features)
+            _check_floating(features.dtype)
+            shape = tf.concat([tf.shape(features)[:-1], [self.units]], axis=0)
             return tf.fill(shape, tf.constant(self.retain_probability, self._output_dtype))
-        return tf.sigmoid(self._adaptive_retain_logits(features))
+        return tf.sigmoid(self._branch_of(features, "retain"))
 
     def mask_distribution(self, features):
         """The distribution of the relaxed masks, eq. (6), for `log_prob`, `sample` and the rest.
@@ -350,14 +387,18 @@ class DropMaxHead(keras.layers.Layer):
                 "Only adaptive DropMax has relaxed masks. Received: "
                 f"retain_probability={self.retain_probability}, stochastic={self.stochastic}"
             )
-        return tfp.distributions.RelaxedBernoulli(self.temperature, logits=self._adaptive_retain_logits(features))
+        logits = self._branch_of(features, "retain")
+        if self.posterior == "label":
+            logits = functional.posterior_logits(logits, self._branch_of(features, "auxiliary"))
+        return tfp.distributions.RelaxedBernoulli(self.temperature, logits=logits)
 
-    def _adaptive_retain_logits(self, features):
+    def _branch_of(self, features, prefix):
+        """Logits of a branch, for features that come from outside `call`."""
         features = tf.convert_to_tensor(features)
         _check_floating(features.dtype)
         if not self.built:
             self.build(features.shape)
-        return self._branch(features, self.retain_kernel, self.retain_bias)
+        return self._branch(features, getattr(self, f"{prefix}_kernel"), getattr(self, f"{prefix}_bias"))
 
     @property
     def _output_dtype(self):
@@ -394,12 +435,20 @@ class DropMaxHead(keras.layers.Layer):
             "predict_mode": self.predict_mode,
             "predict_samples": self.predict_samples,
             "seed": self.seed,
+            "posterior": self.posterior,
+            "auxiliary_weight": self.auxiliary_weight,
         }
-        for name in _WEIGHTS:
-            for kind in ("initializer", "regularizer", "constraint"):
+        for name in ("kernel", "bias", "retain_kernel", "retain_bias"):
+            for kind in _KINDS:
                 serialize = getattr(keras, f"{kind}s").serialize
                 config[f"{name}_{kind}"] = serialize(getattr(self, f"{name}_{kind}"))
         return {**super().get_config(), **config}
+
+
+def _predict_setting(mode, samples):
+    """What the variable holds."""
+    mode = check_one_of("predict_mode", mode, PREDICT_MODES)
+    return [PREDICT_MODES.index(mode), check_positive_int("predict_samples", samples)]
 
 
 def _check_floating(dtype):
@@ -408,42 +457,22 @@ def _check_floating(dtype):
 
 
 def _masked_mean(values, mask):
-    """Mean of `values` where `mask` is true, as Keras averages a masked loss; 0 if that is nowhere."""
-    if mask is None:
-        return tf.reduce_mean(values)
-    weights = tf.cast(mask, values.dtype)
+    """Mean of `values` where `mask` is true, as Keras averages a masked loss; 0 if that is nowhere or the batch empty."""
+    weights = tf.ones_like(values) if mask is None else tf.cast(mask, values.dtype)
     return tf.math.divide_no_nan(tf.reduce_sum(values * weights), tf.reduce_sum(weights))
 
 
-def _seeded(initializer, seed, offset):
-    """`initializer` with a seed of its own if it is random, has none, and the head has one."""
+def _initializer(identifier, seed, offset):
+    """The initializer, with a seed of its own if it is random, has none, and the head has one."""
+    initializer = keras.initializers.get(identifier)
     if seed is None or not isinstance(initializer, keras.initializers.Initializer):
         return initializer
-    config = initializer.get_config()
-    if "seed" not in config or config["seed"] is not None:
+    return initializer if initializer.get_config().get("seed", 0) is not None else _reseeded(initializer, seed, offset)
+
+
+def _reseeded(initializer, seed, offset):
+    """Another initializer of the same kind, which draws other numbers if it is random."""
+    if not isinstance(initializer, keras.initializers.Initializer) or "seed" not in initializer.get_config():
         return initializer
-    return type(initializer).from_config({**config, "seed": (seed + offset) % 2**31})
-
-
-def check_mode(name, mode):
-    if mode not in PREDICT_MODES:
-        raise ValueError(f"`{name}` must be one of {PREDICT_MODES}. Received: {name}={mode!r}")
-    return mode
-
-
-def check_positive_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
-    return int(value)
-
-
-def _boolean(name, value):
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}")
-    return value
-
-
-def _number(name, value, expected, valid):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not valid(value):
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
-    return float(value)
+    seed = None if seed is None else (seed + offset) % 2**31
+    return type(initializer).from_config({**initializer.get_config(), "seed": seed})

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import keras
 import numpy as np
@@ -54,9 +53,15 @@ def mnist():
                 "the file is the one that keras.datasets.mnist uses."
             ) from error
     else:
-        x, y, x_test, y_test = _arrays(path, "x_train", "y_train", "x_test", "y_test")
-        if x.shape[1:] != (28, 28) or x_test.shape[1:] != (28, 28) or len(x) != len(y) or len(x_test) != len(y_test):
-            raise UserError(f"{path} does not hold MNIST: expected images of shape (N, 28, 28), found {x.shape}.")
+        x, y, x_test, y_test = arrays = _arrays(path, "x_train", "y_train", "x_test", "y_test")
+        for images, labels in [(x, y), (x_test, y_test)]:
+            fits = images.shape == (*labels.shape, 28, 28) and labels.ndim == 1 and labels.dtype.kind in "iu"
+            if not fits or not np.isin(labels, range(10)).all():
+                shapes = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
+                raise UserError(
+                    f"{path} does not hold MNIST: expected images (N, 28, 28) and whole-number labels (N,) from 0 to 9, twice; "
+                    f"found {shapes}."
+                )
     return Dataset(_images(x), y.astype("int64"), _images(x_test), y_test.astype("int64"))
 
 
@@ -91,7 +96,7 @@ def _arrays(path, *keys):
             return [file[key] for key in keys]
     except KeyError as error:
         raise UserError(f"{path} lacks an array: expected {', '.join(keys)}; {_first_line(error)}.") from error
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # a broken archive raises whatever the parser that met the break raises
         raise UserError(f"{path} cannot be read as a NumPy archive ({_first_line(error)}).") from error
 
 

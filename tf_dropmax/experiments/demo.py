@@ -6,6 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -52,7 +53,7 @@ def run(dataset="digits", seeds=5, epochs=200, output="dropmax-demo"):
         for seed in range(seeds):
             split = data.split(images, per_class, seed=seed)
             progress.update(task, description=f"seed {seed + 1}/{seeds}, softmax")
-            model = _softmax_model(split, seed)
+            model = _softmax_model(split, images.classes, seed)
             _fit(model, split.train, seed, epochs, tick)
             logits = model.predict(split.test[0], batch_size=1000, verbose=0)
             _record(results, "softmax", tf.nn.log_softmax(logits).numpy(), split.test[1])
@@ -93,8 +94,7 @@ def _writable_folder(path):
     return path
 
 
-def _softmax_model(split, seed):
-    classes = int(split.train[1].max()) + 1
+def _softmax_model(split, classes, seed):
     head = keras.layers.Dense(classes, kernel_initializer=keras.initializers.GlorotUniform(seed))
     model = keras.Sequential([networks.mlp(split.train[0].shape[1:], seed), head])
     model.compile(keras.optimizers.Adam(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -130,8 +130,6 @@ def _table(results, seeds):
 
 def _picture(model, test, count=5):
     """Retain probabilities of the `count` most clear-cut and the `count` most confusing test images."""
-    from matplotlib.figure import Figure
-
     x, y = test
     p = np.sort(np.exp(model.predict(x, batch_size=1000, verbose=0)), axis=-1)
     order = np.argsort(p[:, -2] - p[:, -1])  # by the margin between the two most probable classes
