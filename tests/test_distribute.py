@@ -55,6 +55,16 @@ def test_the_gradient_is_that_of_one_device_on_the_joined_batch(strategy, blobs)
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def test_a_replica_without_examples(strategy, blobs):
+    """33 rows in batches of 32: the last batch has one row, and one replica has none."""
+    x, y = blobs
+    with strategy.scope():
+        model = build(stochastic=False)
+    loss = model.fit(x[:33], y[:33], batch_size=32, epochs=2, verbose=0).history["loss"]
+    assert np.isfinite(loss).all()
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
 def test_fit_evaluate_predict_in_all_modes(strategy, blobs):
     x, y = blobs
     with strategy.scope():

@@ -85,11 +85,21 @@ def test_a_broken_file_is_one_sentence(mnist_file, tmp_path, capsys, content):
         mnist_file.write_text("not an archive")
     elif content == "cut":
         mnist_file.write_bytes(mnist_file.read_bytes()[:5000])
+    elif content == "flipped":
+        broken = bytearray(mnist_file.read_bytes())
+        broken[2000:2100] = bytes(100)
+        mnist_file.write_bytes(broken)
+    elif content == "npy":
+        with mnist_file.open("wb") as stream:
+            np.save(stream, np.zeros(3))
     else:
-        keys = (
-            {"x_train": np.zeros((3, 8, 8))} if content == "keys" else dict(np.load(mnist_file)) | {"x_train": np.zeros((2, 3))}
-        )
-        np.savez(mnist_file, **keys)
+        arrays = dict(np.load(mnist_file))
+        change = {
+            "keys": {"x_test": None},
+            "shape": {"x_train": np.zeros((2, 3))},
+            "one-hot": {"y_train": np.eye(10)[arrays["y_train"]]},
+        }[content]
+        np.savez(mnist_file, **{key: value for key, value in {**arrays, **change}.items() if value is not None})
     assert main(["demo", "--dataset", "mnist", "--output", str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ")

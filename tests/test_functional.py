@@ -162,6 +162,23 @@ def test_exact_agrees_with_enumeration(rng, dtype, spread):
     assert np.all(log_p > np.log(reference) - 0.2)  # small probabilities keep their size, too
 
 
+def test_exact_keeps_the_size_of_small_probabilities():
+    logits = np.array([[12.7, 20.5, -58.1, -20.9, 24.7, -34.1]], "float32")
+    retain_logits = np.full((1, 6), 12, "float32")
+    reference = np.log(oracles.enumerate_masks(logits, retain_logits))
+    np.testing.assert_allclose(functional.exact(logits, retain_logits), reference, atol=0.02)
+    assert reference.min() < -55
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32"])
+def test_other_types_are_computed_in_float32(dtype):
+    logits = tf.cast([[1, 2, 3]], dtype)
+    for mode, function in PREDICTIONS.items():
+        log_p = function(logits, logits)
+        assert log_p.dtype == "float32"
+        np.testing.assert_allclose(log_p, function(*[tf.cast(logits, "float32")] * 2), err_msg=mode)
+
+
 def test_exact_beyond_the_quadrature_range(rng):
     logits = rng.choice([0.0, 70.0, 1e4, 1e30], size=(60, 6)) + rng.uniform(size=(60, 6))
     retain_logits = rng.uniform(-5, 5, size=(60, 6))
@@ -186,10 +203,13 @@ def test_exact_with_one_class_and_with_many(classes):
 def test_rows_do_not_touch_each_other(rng, mode):
     logits, retain_logits = rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
     before = PREDICTIONS[mode](logits, retain_logits).numpy()
-    logits[1, 2] = np.nan
-    after = PREDICTIONS[mode](logits, retain_logits).numpy()
-    np.testing.assert_allclose(after[[0, 2]], before[[0, 2]], atol=1e-12)
-    assert np.isnan(after[1]).any()
+    for value in [np.nan, np.inf, -np.inf]:
+        for broken in [logits, retain_logits][: 1 if mode == "softmax" else 2]:
+            kept, broken[1, 2] = broken[1, 2], value
+            after = PREDICTIONS[mode](logits, retain_logits).numpy()
+            np.testing.assert_allclose(after[[0, 2]], before[[0, 2]], atol=1e-12)
+            assert np.isnan(after[1]).all()  # a network that diverged must not look like one that does not know
+            broken[1, 2] = kept
 
 
 @pytest.mark.parametrize("mode", ["expected", "exact"])

@@ -1,5 +1,7 @@
 """The layer by itself: construction, weights, shapes, objective, randomness, precision."""
 
+import random
+
 import keras
 import numpy as np
 import oracles
@@ -160,7 +162,8 @@ def test_random_dropmax_has_no_retain_branch_and_no_entropy(rng):
     # With equal logits, a target competes with a binomial number of the 3 others.
     counts = np.bincount((1 / np.exp(scores[:, 0])).round().astype(int), minlength=5)[1:]
     assert stats.chisquare(counts, 5000 * stats.binom.pmf(range(4), 3, 0.3)).pvalue > 1e-4  # the seed is fixed
-    np.testing.assert_allclose(head.retain_probabilities(features), np.full((5000, 4), 0.3), rtol=1e-6)
+    for function in [head.retain_probabilities, tf.function(head.retain_probabilities)]:
+        np.testing.assert_allclose(function(features), np.full((5000, 4), 0.3), rtol=1e-6)
     for mode in ["expected", "softmax", "exact"]:
         head.predict_mode = mode
         np.testing.assert_allclose(np.exp(head(features[:9])), 0.25, atol=1e-6)
@@ -255,7 +258,9 @@ def test_one_seed_makes_training_reproducible(blobs):
         history = model.fit(x, y, epochs=2, batch_size=32, shuffle=False, verbose=0)
         return history.history["loss"], model.get_weights()
 
-    state = np.random.get_state()[1].copy()
+    state, python_state = np.random.get_state()[1].copy(), random.getstate()
+    DropMaxHead(4, seed=5, posterior="label").build((None, 6))
+    assert random.getstate() == python_state
     (loss, weights), (loss_again, weights_again), (other_loss, other) = train(5), train(5), train(6)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
     assert loss == loss_again
@@ -373,13 +378,17 @@ def test_bad_inputs():
             DropMaxHead(3)(np.ones((2, 4), dtype))
         with pytest.raises(ValueError, match=f"floating point.*{dtype}"):
             DropMaxHead(3)(keras.Input((4,), dtype=dtype))
-        with pytest.raises(ValueError, match="floating point"):
-            DropMaxHead(3).retain_probabilities(np.ones((2, 4), dtype))
+        for head in [DropMaxHead(3), DropMaxHead(3, retain_probability=0.5)]:
+            with pytest.raises(ValueError, match="floating point"):
+                head.retain_probabilities(np.ones((2, 4), dtype))
     with pytest.raises(ValueError, match="last dimension"):
         DropMaxHead(3)(keras.Input((None,)))
     with pytest.raises(ValueError, match="min_ndim=2"):
         DropMaxHead(3)(np.ones(4, "float32"))
     head = DropMaxHead(3)
+    head.build((None, 4))
+    with pytest.raises(ValueError, match=r"last dimension 4.*\(2, 5\)"):
+        head.retain_probabilities(np.ones((2, 5), "float32"))
     with pytest.raises(ValueError, match=r"one of.*'mean'"):
         head.predict_mode = "mean"
     assert head.predict_mode == "expected"

@@ -13,6 +13,7 @@ def predict_mode(model, mode, samples=30):
     """Context manager: inside, every `DropMaxHead` of `model` predicts in the given mode.
 
     Compiled functions follow without retracing. On leaving, also by an exception, every head is back in the mode it had.
+    The mode belongs to the model: threads that share a model must not change it while others predict.
 
     Args:
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a `DropMaxHead`, or is one.
@@ -57,7 +58,8 @@ class DropMaxPredict(keras.callbacks.Callback):
     """Callback that chooses the test-time mode for `predict`, `evaluate` and the validation inside `fit`.
 
     The mode is in force while a prediction or evaluation step runs and at no other time: training steps never see it, and
-    an exception, wherever it is raised, leaves the model in the mode it had. Nothing is traced anew.
+    an exception, wherever it is raised, leaves the model in the mode it had. Nothing is traced anew. The mode belongs to the
+    model: threads that share a model must not use this callback while others predict.
 
     Args:
         mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`, see `DropMaxHead`.

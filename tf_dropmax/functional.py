@@ -2,10 +2,11 @@
 
 Equation numbers refer to *DropMax: Adaptive Stochastic Softmax* (ICLR 2018 submission; arXiv:1712.07834 is the later
 version). Throughout, `logits` are `o = W h + b`, `retain_logits` are `r = V h + c`, the retain probability of a class is
-`rho = sigmoid(r)` (4), and `T`, the number of classes, is the size of the last axis. Every function takes any leading
-shape, computes in float32 or float64 as its inputs are, and stays finite, gradients included, for any finite input:
-magnitudes beyond 1e37 are treated as 1e37. The paper's epsilon is taken to its limit 0, so that a softmax that loses
-every class to its masks is uniform.
+`rho = sigmoid(r)` (4), and `T`, the number of classes, is the size of the last axis.
+
+Every function takes any leading shape, computes in float64 if its inputs are and else in float32, and stays finite,
+gradients included, for any finite input: magnitudes beyond 1e37 are treated as 1e37. An input that is not finite gives NaN.
+The paper's epsilon is taken to its limit 0, so that a softmax that loses every class to its masks is uniform.
 """
 
 import numpy as np
@@ -64,7 +65,7 @@ def mask_logits(retain_logits, uniform, temperature=0.1):
     retain_logits = _clip(retain_logits)
     uniform = tf.convert_to_tensor(uniform, dtype=retain_logits.dtype)
     noise = tf.math.log(uniform / (1 - uniform))
-    return _clip((retain_logits + noise) / tf.cast(temperature, retain_logits.dtype))
+    return tf.clip_by_value((retain_logits + noise) / tf.cast(temperature, retain_logits.dtype), -_LIMIT, _LIMIT)
 
 
 def relaxed_masks(retain_logits, uniform, temperature=0.1):
@@ -345,7 +346,9 @@ def sampled(logits, retain_logits, samples=30, seed=(0, 0)):
 
         return tf.math.log(mean), gradient
 
-    return log_mean(logits, retain_logits)
+    # A NaN retains no class, and would pass for a row that knows nothing.
+    broken = _broken(logits, retain_logits)
+    return tf.where(broken, tf.constant(np.nan, logits.dtype), log_mean(logits, retain_logits))
 
 
 def exact(logits, retain_logits):
@@ -383,8 +386,8 @@ def exact(logits, retain_logits):
     logits, retain_logits = _broadcast(logits, retain_logits)
     shape, classes = tf.shape(logits), logits.shape[-1]
     rows = [tf.reshape(x, (-1, shape[-1] if classes is None else classes)) for x in (logits, retain_logits)]
-    # A row with a NaN gets NaN, and must not touch the others, with which it shares the nodes.
-    broken = tf.reduce_any(tf.math.is_nan(rows[0] + rows[1]), axis=-1, keepdims=True)
+    # A row with a NaN must not touch the others, with which it shares the nodes.
+    broken = _broken(*rows)
     rows = [tf.where(broken, tf.zeros_like(x), x) for x in rows]
     log_p = tf.maximum(_log_quadrature(*rows), _jensen_bound(*rows))
     log_p = tf.nn.log_softmax(log_p)  # takes away what the quadrature missed, 1e-7 or so
@@ -402,7 +405,7 @@ def _log_quadrature(logits, retain_logits):
     double = logits.dtype == tf.float64
     # The step decides the error of the trapezoid rule, exp(-pi^2 / step); the other two what is cut off at the ends.
     step, lower_mass, upper = (0.3, 1e-15, 3.6) if double else (0.5, 1e-7, 3.6)
-    finished = -2.0 * tf.math.log(tf.constant(1e15 if double else 1e7, logits.dtype))
+    finished = tf.constant(-650.0 if double else -69.0, logits.dtype)  # of the log of what is still to come
     tiny = _tiny(logits)
 
     relative = _narrow(logits)
@@ -473,8 +476,16 @@ def _narrow(logits):
 
 
 def _clip(x):
+    """An argument as float32 or float64, in the range that is safe; what is not finite becomes NaN."""
     x = tf.convert_to_tensor(x)
-    return tf.clip_by_value(x, -_LIMIT, _LIMIT)
+    if x.dtype != tf.float64:
+        x = tf.cast(x, tf.float32)
+    return tf.where(tf.math.is_finite(x), tf.clip_by_value(x, -_LIMIT, _LIMIT), tf.constant(np.nan, x.dtype))
+
+
+def _broken(logits, retain_logits):
+    """Which rows have a NaN, shape `(..., 1)`."""
+    return tf.reduce_any(tf.math.is_nan(logits + retain_logits), axis=-1, keepdims=True)
 
 
 def sampled_softmax_scores(logits, class_probabilities, uniform, sample_size):

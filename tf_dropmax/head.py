@@ -1,5 +1,6 @@
 """DropMaxHead: the layer that replaces the logits layer of a classifier."""
 
+import inspect
 import math
 
 import keras
@@ -35,7 +36,8 @@ class DropMaxHead(keras.layers.Layer):
     on top of a trained model serves probabilities. Train with `DropMaxLoss`: another loss would not minimise (15).
 
     `sample_weight`, `class_weight` and `loss_weights` multiply the loss, but, as with every `add_loss` in Keras, not the
-    entropy term; nor does `reduction="sum"` of the loss turn that mean into a sum.
+    entropy term; nor does `reduction="sum"` of the loss turn that mean into a sum. Call the head on sequences and images as
+    they are: `TimeDistributed` would add the entropy term once for every step.
 
     Args:
         units: Positive int, the number of classes T.
@@ -398,6 +400,9 @@ class DropMaxHead(keras.layers.Layer):
         _check_floating(features.dtype)
         if not self.built:
             self.build(features.shape)
+        expected = self.kernel.shape[0]
+        if features.shape[-1] != expected:
+            raise ValueError(f"The features must have last dimension {expected}. Received: features.shape={features.shape}")
         return self._branch(features, getattr(self, f"{prefix}_kernel"), getattr(self, f"{prefix}_bias"))
 
     @property
@@ -464,6 +469,9 @@ def _masked_mean(values, mask):
 
 def _initializer(identifier, seed, offset):
     """The initializer, with a seed of its own if it is random, has none, and the head has one."""
+    named = getattr(keras.initializers, identifier, None) if isinstance(identifier, str) and seed is not None else None
+    if inspect.isclass(named) and "seed" in inspect.signature(named).parameters:
+        return named(seed=(seed + offset) % 2**31)  # made without a seed first, it would draw one from Python's own stream
     initializer = keras.initializers.get(identifier)
     if seed is None or not isinstance(initializer, keras.initializers.Initializer):
         return initializer

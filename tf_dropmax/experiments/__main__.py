@@ -5,25 +5,37 @@ import sys
 
 import tensorflow as tf
 
+from tf_dropmax.experiments import demo, table1
 from tf_dropmax.experiments.errors import UserError
+from tf_dropmax.experiments.systems import SYSTEMS
+from tf_dropmax.experiments.train import COLUMNS, PROTOCOLS
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tf_dropmax.experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train a small network with softmax and with DropMax, and compare")
-    demo.add_argument("--dataset", choices=["digits", "mnist"], default="digits", help="default: %(default)s")
-    demo.add_argument("--seeds", type=_positive, default=5, help="runs of either network, default: %(default)s")
-    demo.add_argument("--epochs", type=_positive, default=200, help="default: %(default)s")
-    demo.add_argument("--output", default="dropmax-demo", help="folder for the results, default: %(default)s")
+    options = commands.add_parser("demo", help="train a small network with softmax and with DropMax, and compare")
+    options.add_argument("--dataset", choices=["digits", "mnist"], default="digits", help="default: %(default)s")
+    options.add_argument("--seeds", type=_positive, default=5, help="runs of either network, default: %(default)s")
+    options.add_argument("--epochs", type=_positive, default=200, help="default: %(default)s")
+    options.add_argument("--output", default="dropmax-demo", help="folder for the results, default: %(default)s")
+    options = commands.add_parser("table1", help="measure a column of the paper's Table 1")
+    options.add_argument("--column", required=True, choices=COLUMNS)
+    options.add_argument("--protocol", choices=PROTOCOLS, default="released", help="default: %(default)s")
+    options.add_argument(
+        "--methods", nargs="+", choices=SYSTEMS, metavar="METHOD", help=f"of {', '.join(SYSTEMS)}; default: all"
+    )
+    options.add_argument("--seeds", type=_positive, default=5, help="final runs of each method, default: %(default)s")
+    options.add_argument("--iterations", type=_positive, help="training steps of a run, default: as in the protocol")
+    options.add_argument("--workers", type=_positive, default=2, help="processes, default: %(default)s")
+    options.add_argument("--budget", type=_positive, default=6, help="settings tried for each method, default: %(default)s")
+    options.add_argument("--output", help="results file, which is added to, default: table1-COLUMN-PROTOCOL.jsonl")
     options = vars(parser.parse_args(arguments))
-    options.pop("command")
+    command = {"demo": demo.run, "table1": table1.run}[options.pop("command")]
 
     tf.get_logger().setLevel("ERROR")  # many models are traced here, by design
     try:
-        from tf_dropmax.experiments import demo
-
-        demo.run(**options)
+        command(**options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

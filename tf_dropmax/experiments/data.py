@@ -69,7 +69,28 @@ def _images(x):
     return (x[..., None] / 255).astype("float32")
 
 
-LOADERS = {"digits": digits, "mnist": mnist}
+def omniglot242():
+    """Handwritten characters, 242 classes of 20 images of 28 x 28 pixels, from a local `omniglot242.npz`; 5 a class to test."""
+    path = find("omniglot242.npz")
+    if path is None:
+        raise UserError(f"Omniglot-242 cannot be read: {missing('omniglot242.npz')}.")
+    x, y = _arrays(path, "x", "y")
+    if x.shape != (4840, 28, 28) or y.shape != (4840,) or (np.bincount(y, minlength=242) != 20).any():
+        raise UserError(
+            f"{path} does not hold 242 classes of 20 images (28, 28): found {x.dtype} {x.shape}, {y.dtype} {y.shape}."
+        )
+    return _hold_out(Dataset(_images(x), y.astype("int64")), 5)
+
+
+def _hold_out(dataset, per_class):
+    """Turns some images of each class, always the same, into the test set."""
+    order = np.random.default_rng(0).permutation(len(dataset.y))
+    test = np.concatenate([order[dataset.y[order] == label][:per_class] for label in range(dataset.classes)])
+    rest = np.setdiff1d(order, test)
+    return Dataset(dataset.x[rest], dataset.y[rest], dataset.x[test], dataset.y[test])
+
+
+LOADERS = {"digits": digits, "mnist": mnist, "omniglot242": omniglot242}
 
 
 def find(name):
@@ -109,7 +130,7 @@ def split(dataset, train_per_class, validation=0, seed=0):
 
     Args:
         dataset: A `Dataset`.
-        train_per_class: Positive int, training examples of each class.
+        train_per_class: Positive int, training examples of each class; or `None`, all but the validation set.
         validation: Non-negative int, number of validation examples, of any class. Defaults to 0.
         seed: Int. The same seed gives the same split. Defaults to 0.
 
@@ -120,12 +141,15 @@ def split(dataset, train_per_class, validation=0, seed=0):
         UserError: if there are too few examples.
     """
     counts = np.bincount(dataset.y, minlength=dataset.classes)
+    order = np.random.default_rng(seed).permutation(len(dataset.y))
+    if train_per_class is None:
+        chosen, train = order[:validation], order[validation:]
+        return Split(*((dataset.x[part], dataset.y[part]) for part in (train, chosen)), (dataset.x_test, dataset.y_test))
     if counts.min() < train_per_class or counts.sum() < train_per_class * dataset.classes + validation:
         raise UserError(
             f"Expected at least {train_per_class} examples of each class and {validation} more; "
             f"the smallest class has {counts.min()}, all together {counts.sum()}."
         )
-    order = np.random.default_rng(seed).permutation(len(dataset.y))
     train = np.concatenate([order[dataset.y[order] == label][:train_per_class] for label in range(dataset.classes)])
     others = order[~np.isin(order, train)]
     chosen, rest = others[:validation], others[validation:]

@@ -1,0 +1,110 @@
+"""Runs many jobs in worker processes; results go to a JSON-lines file at once, and a killed run goes on from there."""
+
+import json
+import multiprocessing
+import os
+import platform
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tf_dropmax.experiments.errors import UserError
+
+
+def key(job):
+    """What identifies a job, a dictionary of JSON values."""
+    return json.dumps(job, sort_keys=True)
+
+
+def read(path):
+    """The records of a results file, by the key of their job; a last line that was cut short is left out."""
+    path = Path(path)
+    records = {}
+    if path.exists():
+        lines = path.read_text().split("\n")
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                record = json.loads(line)
+                records[key(record["job"])] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}, is not a result of this program ({error}).") from error
+    return records
+
+
+def environment():
+    """Versions and device, which are stored with every result."""
+    packages = ("tf_dropmax", "tensorflow", "keras", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "processor": platform.processor() or platform.machine(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+    }
+
+
+def run(execute, jobs, path, workers=2, console=None):
+    """Executes the jobs that have no result yet.
+
+    Args:
+        execute: A function that can be pickled, from a job to a dictionary of JSON values.
+        jobs: Sequence of dictionaries of JSON values.
+        path: Path of the results file; each result is appended as soon as there is one, as
+            `{"job": ..., "result": ..., "environment": ...}`.
+        workers: Positive int, number of processes; each computes with its share of the processor's cores. Defaults to 2.
+        console: A `rich.console.Console` for the progress display, or `None`. Defaults to `None`.
+
+    Returns:
+        The records of all the jobs, in their order.
+
+    Raises:
+        UserError: if the file cannot be read or written; if a job failed, after all others have run.
+    """
+    path = Path(path)
+    records = read(path)
+    pending = [job for job in jobs if key(job) not in records]
+    failures = []
+    if pending:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+b")
+        except OSError as error:
+            raise UserError(f"The results file {path} cannot be written ({error.strerror or error}).") from error
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with file, _pool(workers) as pool, Progress(*columns, console=console) as progress:
+            _cut_broken_line(file)
+            task = progress.add_task(path.stem, total=len(jobs), completed=len(jobs) - len(pending))
+            futures = {pool.submit(execute, job): job for job in pending}
+            for future in as_completed(futures):
+                job = futures[future]
+                if future.exception() is not None:
+                    failures.append(f"{key(job)}: {future.exception()!r}")
+                    continue
+                record = {"job": job, "result": future.result(), "environment": environment()}
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                records[key(job)] = record
+                progress.advance(task)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(jobs)} jobs failed; the others are in {path}. " + "; ".join(failures))
+    return [records[key(job)] for job in jobs]
+
+
+def _pool(workers):
+    threads = str(max((os.cpu_count() or 1) // workers, 1))
+    os.environ.update(OMP_NUM_THREADS=threads, TF_NUM_INTRAOP_THREADS=threads, TF_NUM_INTEROP_THREADS=threads)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _cut_broken_line(file):
+    """Takes away what a kill in the midst of writing left after the last whole line."""
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,0 +1,108 @@
+"""The systems that the paper compares: head and loss, what is measured of each, and what is searched for each."""
+
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dropmax import DropMaxHead, DropMaxLoss, SampledSoftmaxLoss, SparsemaxLoss, predict_mode, sparsemax
+from tf_dropmax.experiments.networks import decay
+
+
+class System(NamedTuple):
+    """`build(classes, seed, l2, **settings)` gives head and loss; `rows` name the ways to predict; `grid` lists settings."""
+
+    build: callable
+    rows: dict
+    grid: list
+
+
+def _logits_head(make_loss, classes, seed, l2, **settings):
+    initializer = keras.initializers.GlorotUniform(seed)
+    regularizers = {"kernel_regularizer": decay(l2), "bias_regularizer": decay(l2)}
+    return keras.layers.Dense(classes, kernel_initializer=initializer, **regularizers), make_loss(seed=seed, **settings)
+
+
+def _dropmax_head(classes, seed, l2, **settings):
+    # As in the authors' code, the retain branch is not decayed.
+    head = DropMaxHead(classes, seed=seed, kernel_regularizer=decay(l2), bias_regularizer=decay(l2), **settings)
+    return head, DropMaxLoss()
+
+
+def _cross_entropy(seed):
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _sparsemax_loss(seed):
+    return SparsemaxLoss()
+
+
+def _predict(model, x):
+    return model.predict(x, batch_size=500, verbose=0)
+
+
+def _softmax_of_logits(model, x):
+    return tf.nn.log_softmax(_predict(model, x)).numpy()
+
+
+def _sparsemax_of_logits(model, x):
+    return np.log(np.maximum(sparsemax(_predict(model, x)).numpy(), np.finfo("float32").tiny))
+
+
+def _in_mode(mode, samples, model, x):
+    with predict_mode(model, mode, samples):
+        return _predict(model, x)
+
+
+_MODES = {
+    "(17) S=30": partial(_in_mode, "sampled", 30),
+    "(17) S=100": partial(_in_mode, "sampled", 100),
+    "(18)": partial(_in_mode, "expected", 1),
+    "(16)": partial(_in_mode, "exact", 1),
+    "(2)": partial(_in_mode, "softmax", 1),
+}
+_FRACTIONS = (0.2, 0.4, 0.6)
+_SIX_DECAYS = [{"l2": l2} for l2 in (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 1e-2)]
+
+
+def _with_two_decays(**values):
+    """Settings of one more hyper-parameter, three values of it."""
+    ((name, values),) = values.items()
+    return [{"l2": l2, name: value} for l2, value in product((1e-4, 1e-3), values)]
+
+
+def _sampled(sampler):
+    return System(
+        partial(_logits_head, partial(SampledSoftmaxLoss, sampler=sampler)),
+        {"(2)": _softmax_of_logits},
+        _with_two_decays(sample_fraction=_FRACTIONS),
+    )
+
+
+# Every grid has six settings. The first row of each system is what its settings are chosen by.
+SYSTEMS = {
+    "base": System(partial(_logits_head, _cross_entropy), {"(2)": _softmax_of_logits}, _SIX_DECAYS),
+    "sampled-uniform": _sampled("uniform"),
+    "sampled-learned": _sampled("learned_unigram"),
+    "sparsemax": System(partial(_logits_head, _sparsemax_loss), {"sparsemax": _sparsemax_of_logits}, _SIX_DECAYS),
+    "attention": System(
+        partial(_dropmax_head, stochastic=False), {"(18)": _MODES["(18)"]}, _with_two_decays(entropy_weight=(0.1, 1.0, 10.0))
+    ),
+    "random": System(
+        _dropmax_head,
+        {key: _MODES[key] for key in ("(17) S=30", "(17) S=100", "(18)", "(2)")},
+        _with_two_decays(retain_probability=_FRACTIONS),
+    ),
+    "adaptive": System(_dropmax_head, {"(18)": _MODES["(18)"], **_MODES}, _with_two_decays(entropy_weight=(0.1, 1.0, 10.0))),
+    "label": System(
+        partial(_dropmax_head, posterior="label"),
+        {"(18)": _MODES["(18)"], **_MODES},
+        [
+            {"l2": 1e-4, "auxiliary_weight": auxiliary, "entropy_weight": entropy}
+            for auxiliary, entropy in product((0.1, 1.0), (0.3, 1.0, 3.0))
+        ],
+    ),
+}

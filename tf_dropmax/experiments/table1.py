@@ -1,0 +1,147 @@
+"""Table 1: settings searched on validation data, with the same budget for every system, then every seed on test data."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from tf_dropmax.experiments import runner, train
+from tf_dropmax.experiments.systems import SYSTEMS
+
+SEARCH_SEED = 1000  # of the splits, weights and masks while settings are searched; the final seeds count from 0
+
+# Test error in percent, as published: {column: {(method, row): figure}}.
+PAPER = {
+    "mnist-1k": {
+        ("base", "(2)"): 7.17,
+        ("sampled-uniform", "(2)"): 7.48,
+        ("sampled-learned", "(2)"): 7.62,
+        ("sparsemax", "sparsemax"): 6.84,
+        ("attention", "(18)"): 7.15,
+        ("random", "(17) S=30"): 7.11,
+        ("random", "(18)"): 7.43,
+        ("adaptive", "(17) S=30"): 6.56,
+        ("adaptive", "(18)"): 6.59,
+        ("label", "(18)"): 5.32,  # NeurIPS 2018
+    },
+    "mnist-5k": {
+        ("base", "(2)"): 2.19,
+        ("sampled-uniform", "(2)"): 2.17,
+        ("sampled-learned", "(2)"): 2.45,
+        ("sparsemax", "sparsemax"): 2.28,
+        ("attention", "(18)"): 2.17,
+        ("random", "(17) S=30"): 2.23,
+        ("random", "(18)"): 2.33,
+        ("adaptive", "(17) S=30"): 1.96,
+        ("adaptive", "(18)"): 1.95,
+    },
+    "mnist-55k": {
+        ("base", "(2)"): 0.84,
+        ("sampled-uniform", "(2)"): 0.91,
+        ("sampled-learned", "(2)"): 0.85,
+        ("sparsemax", "sparsemax"): 0.82,
+        ("attention", "(18)"): 0.70,
+        ("random", "(17) S=30"): 0.89,
+        ("random", "(18)"): 0.89,
+        ("adaptive", "(17) S=30"): 0.77,
+        ("adaptive", "(18)"): 0.75,
+    },
+}
+
+
+def run(column, protocol="released", methods=None, seeds=5, iterations=None, workers=2, budget=6, output=None):
+    """Searches, trains, and prints the table; what is in the results file already is not done again.
+
+    Args:
+        column: A key of `train.COLUMNS`.
+        protocol: A key of `train.PROTOCOLS`. Defaults to `"released"`.
+        methods: Sequence of keys of `SYSTEMS`, or `None`: all. Defaults to `None`.
+        seeds: Positive int, number of final runs of each method, seeds 0, 1, ... Defaults to 5.
+        iterations: Positive int, training steps of a run, or `None`: as the protocol has it. Defaults to `None`.
+        workers: Positive int, number of processes. Defaults to 2.
+        budget: Positive int, number of settings that are tried for each method; they have up to 6. Defaults to 6.
+        output: Path of the results file, or `None`: `table1-COLUMN-PROTOCOL.jsonl`. Defaults to `None`.
+
+    Raises:
+        UserError: as `runner.run`, and if the data cannot be read.
+    """
+    console = Console()
+    methods = list(methods or SYSTEMS)
+    iterations = iterations or train.PROTOCOLS[protocol].iterations or train.COLUMNS[column].iterations
+    output = Path(output or f"table1-{column}-{protocol}.jsonl")
+    train.data.LOADERS[train.COLUMNS[column].dataset]()  # a missing file is found now, and not in every worker
+    execute = partial(train.execute, folder=str(output.with_suffix(".part")))
+    same = {"column": column, "protocol": protocol, "iterations": iterations}
+
+    def job(method, settings, seed, phase):
+        return {**same, "method": method, "settings": settings, "seed": seed, "phase": phase}
+
+    order = np.random.default_rng(0).permutation(6)  # which settings a smaller budget leaves out is left to chance
+    tried = {method: [SYSTEMS[method].grid[index] for index in order[:budget]] for method in methods}
+    searches = [job(method, settings, SEARCH_SEED, "search") for method in methods for settings in tried[method]]
+    records = runner.run(execute, searches, output, workers, console)
+    chosen = {}
+    for method in methods:
+        mine = [record for record in records if record["job"]["method"] == method]
+        chosen[method] = min(mine, key=_validation)["job"]["settings"]
+    finals = [job(method, chosen[method], seed, "final") for seed in range(seeds) for method in methods]
+    records = runner.run(execute, finals, output, workers, console)
+    console.print(_table(column, protocol, iterations, seeds, records, chosen))
+
+
+def _validation(record):
+    """Validation error, ties broken by likelihood; a run that diverged comes last."""
+    measures = next(iter(record["result"]["measures"].values()))
+    pair = (measures["error %"], measures["NLL"])
+    return pair if np.isfinite(pair).all() else (np.inf, np.inf)
+
+
+def _table(column, protocol, iterations, seeds, records, chosen):
+    title = f"{column}, protocol {protocol}, {iterations} iterations, {seeds} seeds: test error in percent"
+    table = Table(title=title, caption="difference: mean of the paired differences to base, with its 95 % confidence interval")
+    for name in (
+        "method",
+        "predicted by",
+        "median",
+        "mean +- sd",
+        "NLL",
+        "ECE %",
+        "difference",
+        "ms/step",
+        "settings",
+        "paper",
+    ):
+        table.add_column(name)
+    values = {}
+    for record in records:
+        for row, measures in record["result"]["measures"].items():
+            for name, value in measures.items():
+                values.setdefault((record["job"]["method"], row), {}).setdefault(name, []).append(value)
+    base = values.get(("base", "(2)"))
+    for (method, row), measures in values.items():
+        errors = np.array(measures["error %"])
+        times = [r["result"]["seconds"] / r["result"]["steps"] for r in records if r["job"]["method"] == method]
+        table.add_row(
+            method,
+            row,
+            f"{np.median(errors):.2f}",
+            f"{errors.mean():.2f} +- {errors.std(ddof=1) if seeds > 1 else np.nan:.2f}",
+            f"{np.mean(measures['NLL']):.3f}",
+            f"{np.mean(measures['ECE %']):.2f}",
+            _difference(errors, base) if base and method != "base" else "",
+            f"{1000 * np.median(times):.1f}",
+            ", ".join(f"{name} {value:g}" for name, value in chosen[method].items()),
+            str(PAPER.get(column, {}).get((method, row), "")),
+        )
+    return table
+
+
+def _difference(errors, base):
+    differences = errors - np.array(base["error %"])
+    if len(differences) < 2:
+        return f"{differences.mean():+.2f}"
+    half = stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
+    return f"{differences.mean():+.2f} [{differences.mean() - half:+.2f}, {differences.mean() + half:+.2f}]"

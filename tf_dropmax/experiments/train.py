@@ -1,0 +1,156 @@
+"""One training run of one system: from a job to its measures."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tf_dropmax.experiments import data, networks
+from tf_dropmax.experiments.measures import MEASURES
+from tf_dropmax.experiments.runner import key
+from tf_dropmax.experiments.systems import SYSTEMS
+
+
+class Column(NamedTuple):
+    """Data of one column of the table. While settings are searched, `search_per_class` images a class train."""
+
+    dataset: str
+    train_per_class: int | None
+    search_per_class: int | None
+    validation: int
+    iterations: int  # of the released protocol
+
+
+class Protocol(NamedTuple):
+    network: callable
+    batch: int
+    learning_rate: float
+    decays: bool  # divide the learning rate by 10 at 1/3 and 2/3 of the iterations
+    iterations: int | None  # None: as the column says
+
+
+# Iterations of "released": 200 epochs of the 1,000 and 5,000 images, 60 epochs of Omniglot.
+COLUMNS = {
+    "mnist-1k": Column("mnist", 100, 100, 5000, 2000),
+    "mnist-5k": Column("mnist", 500, 500, 5000, 10_000),
+    "mnist-55k": Column("mnist", None, None, 5000, 20_000),
+    "omniglot-242": Column("omniglot242", 15, 12, 726, 2220),
+    "digits": Column("digits", 30, 30, 300, 600),
+}
+PROTOCOLS = {
+    "paper": Protocol(networks.tutorial_cnn, 50, 1e-4, False, 20_000),
+    "released": Protocol(networks.lenet, 100, 1e-3, True, None),
+    "small": Protocol(networks.mlp, 50, 1e-3, True, None),
+}
+
+
+def execute(job, folder=None):
+    """Trains and measures.
+
+    Args:
+        job: `{"column", "protocol", "iterations", "method", "settings", "seed", "phase"}`. Phase `"search"` measures on
+            validation data, and the test data are not touched; phase `"final"` measures on test data.
+        folder: Path for checkpoints, from which a killed run goes on, or `None`. Defaults to `None`.
+
+    Returns:
+        `{"measures": {row: {measure: number}}, "loss": [training loss of every epoch], "seconds", "steps"}`; `seconds` is
+        the time since the last resumption, `steps` what was done in it.
+    """
+    search = job["phase"] == "search"
+    column, protocol, system = COLUMNS[job["column"]], PROTOCOLS[job["protocol"]], SYSTEMS[job["method"]]
+    dataset, seed = data.LOADERS[column.dataset](), job["seed"]
+    per_class = column.search_per_class if search else column.train_per_class
+    held_out = column.validation if search or per_class == column.search_per_class else 0
+    split = data.split(dataset, per_class, held_out, seed)
+    settings = dict(job["settings"])
+    l2 = settings.pop("l2")
+    features = protocol.network(dataset.x.shape[1:], seed, l2)
+    head, loss = system.build(dataset.classes, seed, l2, **settings)
+    model = keras.Sequential([features, head])
+    model.compile(keras.optimizers.Adam(_learning_rate(protocol, job["iterations"])), loss)
+    steps = -(-len(split.train[1]) // protocol.batch)
+    checkpoint = _Checkpoint(folder, job)
+    started = time.monotonic()
+    first = checkpoint.restore(model)
+    epochs = -(-job["iterations"] // steps)
+    model.fit(
+        _batches(split.train, protocol.batch, seed, range(first, epochs)),
+        steps_per_epoch=steps,
+        initial_epoch=first,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[checkpoint],
+    )
+    seconds = time.monotonic() - started
+    x, y = split.validation if search else split.test
+    measures = {}
+    for row, predict in system.rows.items():
+        log_p = predict(model, x)
+        measures[row] = {name: measure(log_p, y) for name, measure in MEASURES.items()}
+    checkpoint.remove()
+    return {"measures": measures, "loss": checkpoint.losses, "seconds": seconds, "steps": steps * (epochs - first)}
+
+
+def _learning_rate(protocol, iterations):
+    if not protocol.decays:
+        return protocol.learning_rate
+    rates = [protocol.learning_rate / 10**power for power in range(3)]
+    return keras.optimizers.schedules.PiecewiseConstantDecay([iterations // 3, 2 * iterations // 3], rates)
+
+
+def _batches(train, batch, seed, epochs):
+    """Every epoch in an order of its own, which depends on the seed and the epoch alone, so that a run can be resumed."""
+    x, y = (tf.constant(part) for part in train)
+
+    def epoch(number):
+        order = tf.random.experimental.stateless_shuffle(tf.range(len(y)), tf.stack([tf.constant(seed, tf.int64), number]))
+        return tf.data.Dataset.from_tensor_slices(order).batch(batch)
+
+    order = tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(epoch)
+    return order.map(lambda index: (tf.gather(x, index), tf.gather(y, index))).prefetch(2)
+
+
+class _Checkpoint(keras.callbacks.Callback):
+    """Saves weights, optimizer and loss history between epochs, at most every 20 seconds; a kill leaves the last save whole."""
+
+    def __init__(self, folder, job):
+        super().__init__()
+        self.folder = folder and Path(folder)
+        self.name = hashlib.sha256(key(job).encode()).hexdigest()[:16]
+        self.losses = []
+        self.saved = time.monotonic()
+
+    def restore(self, model):
+        """Loads the last save, if there is one; returns the number of epochs that it had seen."""
+        epoch = max((int(path.name.split("-")[1].split(".")[0]) for path in self._files("weights.h5")), default=0)
+        if epoch:
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(self.folder / f"{self.name}-{epoch}.weights.h5")
+            self.losses = json.loads((self.folder / f"{self.name}-{epoch}.json").read_text())
+        return epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.losses.append(float(logs["loss"]))
+        if self.folder and time.monotonic() - self.saved > 20:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            old = self._files("*")
+            stem = f"{self.name}-{len(self.losses)}"
+            (self.folder / f"{stem}.json").write_text(json.dumps(self.losses))
+            temporary = self.folder / f"{self.name}.weights.h5"
+            self.model.save_weights(temporary, overwrite=True)
+            temporary.replace(self.folder / f"{stem}.weights.h5")
+            for path in old:
+                path.unlink()
+            self.saved = time.monotonic()
+
+    def remove(self):
+        for path in self._files("*"):
+            path.unlink()
+
+    def _files(self, kind):
+        return list(self.folder.glob(f"{self.name}-*.{kind}")) if self.folder else []
