@@ -1,0 +1,15 @@
+"""Jobs for the runner's tests, in a module that worker processes import quickly."""
+
+import os
+import time
+
+
+def square(job):
+    if job["x"] == "broken":
+        raise RuntimeError("cannot be squared")
+    return {"y": job["x"] ** 2, "process": os.getpid()}
+
+
+def slow(job):
+    time.sleep(0.4)
+    return {"y": job["x"]}

@@ -1,0 +1,223 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jobs
+import keras
+import numpy as np
+import pytest
+from scipy import stats
+
+from tf_dropmax.experiments import data, runner, table1, train
+from tf_dropmax.experiments.__main__ import main
+from tf_dropmax.experiments.errors import UserError
+from tf_dropmax.experiments.systems import SYSTEMS
+
+JOB = {"column": "digits", "protocol": "small", "iterations": 24, "seed": 0, "phase": "final"}
+
+
+def lines(path):
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def test_runner_keeps_order_and_does_nothing_twice(tmp_path):
+    path = tmp_path / "below" / "results.jsonl"
+    records = runner.run(jobs.square, [{"x": x} for x in (3, 1, 2)], path)
+    assert [record["result"]["y"] for record in records] == [9, 1, 4]
+    assert all(record["result"]["process"] != os.getpid() for record in records)
+    assert records[0]["environment"]["tensorflow"]
+    before = path.read_bytes()
+    records = runner.run(jobs.square, [{"x": x} for x in (2, 5, 3)], path)
+    assert [record["result"]["y"] for record in records] == [4, 25, 9]
+    assert path.read_bytes().startswith(before)
+    assert len(lines(path)) == 4
+
+
+def test_a_job_that_fails_does_not_take_the_others_along(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(UserError, match=r"1 of 3 jobs failed.*cannot be squared"):
+        runner.run(jobs.square, [{"x": 1}, {"x": "broken"}, {"x": 2}], path)
+    assert {record["result"]["y"] for record in runner.read(path).values()} == {1, 4}
+
+
+def test_a_line_cut_short_is_done_again_and_a_strange_file_refused(tmp_path):
+    path = tmp_path / "results.jsonl"
+    runner.run(jobs.square, [{"x": 1}, {"x": 2}], path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert len(runner.read(path)) == 1
+    runner.run(jobs.square, [{"x": 1}, {"x": 2}], path)
+    assert [json.loads(line)["result"]["y"] for line in lines(path)] == [1, 4]
+    path.write_text("not of ours\n" + whole.decode())
+    with pytest.raises(UserError, match="line 1"):
+        runner.run(jobs.square, [{"x": 3}], path)
+    with pytest.raises(UserError, match="cannot be written"):
+        runner.run(jobs.square, [{"x": 3}], path / "below")
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_killed_and_resumed(tmp_path, whole_group):
+    """SIGKILL after some results, to the program alone or with its workers: no result is lost, none made twice."""
+    path = tmp_path / "results.jsonl"
+    code = (
+        "import jobs, sys; from tf_dropmax.experiments import runner\n"
+        "if __name__ == '__main__': runner.run(jobs.slow, [{'x': x} for x in range(12)], sys.argv[1])"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    command = [sys.executable, str(script), str(path)]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(jobs.__file__)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (path.exists() and len(lines(path)) >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = lines(path)
+    assert 3 <= len(kept) < 12
+    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    assert lines(path)[: len(kept)] == kept
+    assert sorted(json.loads(line)["result"]["y"] for line in lines(path)) == list(range(12))
+
+
+@pytest.mark.parametrize("method", SYSTEMS)
+def test_every_system_trains_and_is_measured(method):
+    system = SYSTEMS[method]
+    assert len(system.grid) == 6
+    result = train.execute({**JOB, "method": method, "settings": system.grid[2], "iterations": 120})
+    assert set(result["measures"]) == set(system.rows)
+    assert result["loss"][-1] < result["loss"][0]
+    for measures in result["measures"].values():
+        assert measures["error %"] < 85  # chance: 90
+        assert np.isfinite(list(measures.values())).all()
+
+
+def test_a_run_is_reproducible_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    job = {**JOB, "method": "label", "settings": SYSTEMS["label"].grid[0]}
+    whole, again = train.execute(job), train.execute(job)
+    assert whole["measures"] == again["measures"]
+    assert len(whole["loss"]) == 4
+    times = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(times))
+    loaded = train.data.LOADERS["digits"]
+
+    class Kill(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    fit = keras.Sequential.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            keras.Sequential, "fit", lambda self, *args, callbacks, **kw: fit(self, *args, callbacks=[*callbacks, Kill()], **kw)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train.execute(job, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    resumed = train.execute(job, folder=tmp_path)
+    assert resumed["steps"] == whole["steps"] / 2
+    np.testing.assert_allclose(resumed["loss"], whole["loss"], rtol=1e-6)
+    assert resumed["measures"] == whole["measures"]
+    assert list(tmp_path.iterdir()) == []
+    assert train.data.LOADERS["digits"] is loaded
+
+
+def test_the_search_does_not_see_the_test_data(monkeypatch):
+    rng = np.random.default_rng(0)
+    y = np.arange(800) % 10
+    x = (np.eye(10)[y][:, :, None, None] + 0.1 * rng.normal(size=(800, 10, 1, 1))).astype("float32")
+    dataset = data.Dataset(x, y, x, (y + 1) % 10)  # whoever looks at the test data finds every label wrong
+    monkeypatch.setitem(data.LOADERS, "digits", lambda: dataset)
+    job = {**JOB, "method": "base", "settings": {"l2": 0.0}, "iterations": 120}
+    assert train.execute({**job, "phase": "search"})["measures"]["(2)"]["error %"] < 10
+    assert train.execute(job)["measures"]["(2)"]["error %"] > 90
+
+
+def test_settings_are_chosen_by_validation_error():
+    def record(error, nll):
+        return {"result": {"measures": {"(18)": {"error %": error, "NLL": nll}, "(16)": {"error %": 0.0, "NLL": 0.0}}}}
+
+    best = record(2.0, 0.3)
+    assert min([record(2.5, 0.1), record(2.0, 0.4), best, record(float("nan"), 0.0)], key=table1._validation) is best
+
+
+def test_the_difference_is_that_of_the_paired_t_test(rng):
+    errors, base = rng.normal(5, 1, size=7), rng.normal(6, 1, size=7)
+    low, high = stats.ttest_rel(errors, base).confidence_interval(0.95)
+    expected = f"{np.mean(errors - base):+.2f} [{low:+.2f}, {high:+.2f}]"
+    assert table1._difference(errors, {"error %": base}) == expected
+
+
+def test_table1_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    output = tmp_path / "digits.jsonl"
+    command = ["table1", "--column", "digits", "--protocol", "small", "--iterations", "12", "--methods", "base", "adaptive"]
+    command += ["--seeds", "2", "--budget", "1", "--output", str(output)]
+    assert main(command) == 0
+    records = [json.loads(line) for line in lines(output)]
+    assert len(records) == 2 * 1 + 2 * 2
+    finals = [r for r in records if r["job"]["phase"] == "final" and r["job"]["method"] == "adaptive"]
+    errors = [r["result"]["measures"]["(18)"]["error %"] for r in finals]
+    shown = capsys.readouterr().out
+    assert f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}" in shown
+    before = output.read_bytes()
+    assert main(command) == 0
+    assert output.read_bytes() == before
+    monkeypatch.delenv("TF_DROPMAX_DATA", raising=False)
+    assert main(["table1", "--column", "omniglot-242"]) == 1
+    assert "TF_DROPMAX_DATA is not set" in capsys.readouterr().err
+
+
+def test_omniglot_has_a_test_set_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_DROPMAX_DATA", str(tmp_path))
+    number = np.arange(4840)
+    x = np.zeros((4840, 28, 28), "uint8")
+    x[:, 0, 0], x[:, 0, 1] = number % 256, number // 256  # every image has a number of its own
+    np.savez_compressed(tmp_path / "omniglot242.npz", x=x, y=number // 20, names=np.array(["a"] * 242))
+
+    def numbers(images):
+        images = np.round(255 * images)
+        return set((images[:, 0, 0, 0] + 256 * images[:, 0, 1, 0]).astype(int))
+
+    dataset = data.omniglot242()
+    assert dataset.classes == 242
+    np.testing.assert_array_equal(np.bincount(dataset.y_test), np.full(242, 5))
+    search, final = data.split(dataset, 12, 726, seed=1), data.split(dataset, 15, seed=2)
+    test = numbers(final.test[0])
+    assert numbers(search.test[0]) == test
+    assert numbers(final.train[0]) == set(number) - test
+    assert not numbers(search.validation[0]) & (test | numbers(search.train[0]))
+    np.savez_compressed(tmp_path / "omniglot242.npz", x=x[:100], y=number[:100] // 20)
+    with pytest.raises(UserError, match="242 classes of 20 images"):
+        data.omniglot242()
+
+
+def test_a_split_without_a_number_takes_everything():
+    dataset = data.Dataset(np.arange(100), np.arange(100) % 5, np.arange(7), np.zeros(7, "int64"))
+    split = data.split(dataset, None, 30, seed=1)
+    assert len(split.validation[0]) == 30
+    assert set(split.train[0]) | set(split.validation[0]) == set(range(100))
+    assert len(split.train[0]) == 70
+    assert split.test[0] is dataset.x_test
+
+
+@pytest.mark.parametrize("network", ["lenet", "tutorial_cnn"])
+def test_networks(network, rng):
+    x = rng.uniform(size=(2, 28, 28, 1)).astype("float32")
+    build = getattr(train.networks, network)
+    one, same, other = (build((28, 28, 1), seed, 1e-3) for seed in (1, 1, 2))
+    # As counted by hand from the descriptions.
+    parameters = {
+        "lenet": 5 * 5 * 20 + 20 + 5 * 5 * 20 * 50 + 50 + 4 * 4 * 50 * 500 + 500,
+        "tutorial_cnn": 5 * 5 * 32 + 32 + 5 * 5 * 32 * 64 + 64 + 7 * 7 * 64 * 1024 + 1024,
+    }
+    assert one.count_params() == parameters[network]
+    np.testing.assert_array_equal(one(x), same(x))
+    assert not np.allclose(one(x), other(x))
+    squares = sum(float(np.sum(np.square(w.numpy()))) for w in one.weights)
+    assert float(sum(one.losses)) == pytest.approx(1e-3 / 2 * squares, rel=1e-5)
