@@ -8,13 +8,15 @@ import time
 import jobs
 import keras
 import numpy as np
+import oracles
 import pytest
 from scipy import stats
 
+from tf_dropmax import DropMaxHead
 from tf_dropmax.experiments import data, runner, table1, train
 from tf_dropmax.experiments.__main__ import main
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.systems import SYSTEMS
+from tf_dropmax.experiments.systems import ABLATIONS, SYSTEMS, AblatedHead
 
 JOB = {"column": "digits", "protocol": "small", "iterations": 24, "seed": 0, "phase": "final"}
 
@@ -97,6 +99,35 @@ def test_every_system_trains_and_is_measured(method):
         assert np.isfinite(list(measures.values())).all()
 
 
+def test_ablated_heads(rng):
+    """What each part contributes, on one batch with the same draws."""
+
+    def entropy(retain_logits):
+        rho = oracles.sigmoid(retain_logits)
+        return -rho * np.log(rho) - (1 - rho) * np.log(1 - rho)
+
+    features = rng.normal(size=(6, 3)).astype("float32")
+    scores = {}
+    for name, system in ABLATIONS.items():
+        settings = {key: value for key, value in system.grid[0].items() if key != "l2"}
+        head = AblatedHead(4, seed=1, **settings)
+        scores[name] = head(features, training=True).numpy()
+        logits, retain_logits = features @ head.kernel.numpy(), features @ head.retain_kernel.numpy()
+        expected = -settings["entropy_weight"] * entropy(retain_logits).sum(-1).mean()
+        assert float(head.losses[0]) == pytest.approx(expected, rel=1e-4)
+    assert len(scores) == 8
+    plain = DropMaxHead(4, seed=1)(features, training=True).numpy()
+    np.testing.assert_array_equal(scores["masks+kl+entropy"], plain)
+    rho = oracles.sigmoid(retain_logits)
+    np.testing.assert_allclose(scores["masks+kl"] - scores["masks"], np.log(rho), atol=1e-5)
+    np.testing.assert_allclose(scores["kl"] - scores["kl+entropy"], entropy(retain_logits), atol=1e-5)
+    w = np.exp(logits)
+    for k in range(4):
+        others = np.arange(4) != k
+        expected = np.log(w[:, k] / (w[:, k] + (rho * w)[:, others].sum(-1)))
+        np.testing.assert_allclose(scores["nothing"][:, k], expected, atol=1e-5)
+
+
 def test_a_run_is_reproducible_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     job = {**JOB, "method": "label", "settings": SYSTEMS["label"].grid[0]}
     whole, again = train.execute(job), train.execute(job)
@@ -157,10 +188,10 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     output = tmp_path / "digits.jsonl"
     command = ["table1", "--column", "digits", "--protocol", "small", "--iterations", "12", "--methods", "base", "adaptive"]
-    command += ["--seeds", "2", "--budget", "1", "--output", str(output)]
+    command += ["--seeds", "2", "--budget", "2", "--output", str(output)]
     assert main(command) == 0
     records = [json.loads(line) for line in lines(output)]
-    assert len(records) == 2 * 1 + 2 * 2
+    assert len(records) == 2 * 2 + 2 * 2
     finals = [r for r in records if r["job"]["phase"] == "final" and r["job"]["method"] == "adaptive"]
     errors = [r["result"]["measures"]["(18)"]["error %"] for r in finals]
     shown = capsys.readouterr().out
@@ -168,6 +199,24 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
     before = output.read_bytes()
     assert main(command) == 0
     assert output.read_bytes() == before
+    ablation = tmp_path / "ablation.jsonl"
+    command = [
+        "table1",
+        "--column",
+        "digits",
+        "--protocol",
+        "small",
+        "--iterations",
+        "12",
+        "--ablation",
+        "--methods",
+        "kl",
+        "masks",
+    ]
+    assert main([*command, "--seeds", "1", "--output", str(ablation)]) == 0
+    assert [json.loads(line)["job"]["phase"] for line in lines(ablation)] == ["final", "final"]
+    assert main([*command, "--methods", "base"]) == 1
+    assert "kl+entropy" in capsys.readouterr().err
     monkeypatch.delenv("TF_DROPMAX_DATA", raising=False)
     assert main(["table1", "--column", "omniglot-242"]) == 1
     assert "TF_DROPMAX_DATA is not set" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax import DropMaxHead, DropMaxLoss, SampledSoftmaxLoss, SparsemaxLoss, predict_mode, sparsemax
+from tf_dropmax import DropMaxHead, DropMaxLoss, SampledSoftmaxLoss, SparsemaxLoss, functional, predict_mode, sparsemax
 from tf_dropmax.experiments.networks import decay
 
 
@@ -106,3 +106,42 @@ SYSTEMS = {
         ],
     ),
 }
+
+
+class AblatedHead(DropMaxHead):
+    """Adaptive DropMax with parts of its objective (15) switched off.
+
+    Args:
+        masks: Bool. `False`: the masks of the non-targets are replaced by their means.
+        kl: Bool. `False`: no KL divergence (10), that is, no `-log rho_y`.
+        **kwargs: As for `DropMaxHead`; `entropy_weight=0.0` switches off the third part.
+    """
+
+    def __init__(self, *args, masks=True, kl=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.masks = masks
+        self.kl = kl
+
+    def _scores(self, logits, features, mask):
+        scores = super()._scores(logits, features, mask)
+        retain_logits = self._retain_logits(features, logits)
+        if not self.masks:
+            scores = functional.scores(logits, retain_logits, retain_logits, self.entropy_weight)
+        return scores if self.kl else scores - tf.math.log_sigmoid(retain_logits)
+
+
+def _ablated_head(classes, seed, l2, **settings):
+    head = AblatedHead(classes, seed=seed, kernel_regularizer=decay(l2), bias_regularizer=decay(l2), **settings)
+    return head, DropMaxLoss()
+
+
+def _ablation(masks, kl, entropy):
+    settings = {"l2": 1e-4, "masks": masks, "kl": kl, "entropy_weight": float(entropy)}
+    parts = [name for name, on in {"masks": masks, "kl": kl, "entropy": entropy}.items() if on]
+    return "+".join(parts) or "nothing", System(
+        _ablated_head, {key: _MODES[key] for key in ("(18)", "(16)", "(2)")}, [settings]
+    )
+
+
+# Every combination of the three parts of (15), at the settings of the authors' code, none of them searched.
+ABLATIONS = dict(_ablation(*parts) for parts in product((False, True), repeat=3))

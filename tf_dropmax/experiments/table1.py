@@ -9,7 +9,8 @@ from rich.table import Table
 from scipy import stats
 
 from tf_dropmax.experiments import runner, train
-from tf_dropmax.experiments.systems import SYSTEMS
+from tf_dropmax.experiments.errors import UserError
+from tf_dropmax.experiments.systems import ABLATIONS, SYSTEMS
 
 SEARCH_SEED = 1000  # of the splits, weights and masks while settings are searched; the final seeds count from 0
 
@@ -52,13 +53,15 @@ PAPER = {
 }
 
 
-def run(column, protocol="released", methods=None, seeds=5, iterations=None, workers=2, budget=6, output=None):
+def run(column, protocol="released", methods=None, ablation=False, seeds=5, iterations=None, workers=2, budget=6, output=None):
     """Searches, trains, and prints the table; what is in the results file already is not done again.
 
     Args:
         column: A key of `train.COLUMNS`.
         protocol: A key of `train.PROTOCOLS`. Defaults to `"released"`.
         methods: Sequence of keys of `SYSTEMS`, or `None`: all. Defaults to `None`.
+        ablation: Bool. `True`: the systems are `ABLATIONS`, adaptive DropMax with parts of its objective switched off, instead.
+            Defaults to `False`.
         seeds: Positive int, number of final runs of each method, seeds 0, 1, ... Defaults to 5.
         iterations: Positive int, training steps of a run, or `None`: as the protocol has it. Defaults to `None`.
         workers: Positive int, number of processes. Defaults to 2.
@@ -69,7 +72,10 @@ def run(column, protocol="released", methods=None, seeds=5, iterations=None, wor
         UserError: as `runner.run`, and if the data cannot be read.
     """
     console = Console()
-    methods = list(methods or SYSTEMS)
+    systems = ABLATIONS if ablation else SYSTEMS
+    methods = list(methods or systems)
+    if not set(methods) <= set(systems):
+        raise UserError(f"The methods are {', '.join(systems)}; received {', '.join(methods)}.")
     iterations = iterations or train.PROTOCOLS[protocol].iterations or train.COLUMNS[column].iterations
     output = Path(output or f"table1-{column}-{protocol}.jsonl")
     train.data.LOADERS[train.COLUMNS[column].dataset]()  # a missing file is found now, and not in every worker
@@ -80,11 +86,13 @@ def run(column, protocol="released", methods=None, seeds=5, iterations=None, wor
         return {**same, "method": method, "settings": settings, "seed": seed, "phase": phase}
 
     order = np.random.default_rng(0).permutation(6)  # which settings a smaller budget leaves out is left to chance
-    tried = {method: [SYSTEMS[method].grid[index] for index in order[:budget]] for method in methods}
-    searches = [job(method, settings, SEARCH_SEED, "search") for method in methods for settings in tried[method]]
+    grids = {method: systems[method].grid for method in methods}
+    tried = {method: [grid[index] for index in order if index < len(grid)][:budget] for method, grid in grids.items()}
+    chosen = {method: settings[0] for method, settings in tried.items() if len(settings) == 1}  # nothing to choose from
+    searched = [method for method in methods if method not in chosen]
+    searches = [job(method, settings, SEARCH_SEED, "search") for method in searched for settings in tried[method]]
     records = runner.run(execute, searches, output, workers, console)
-    chosen = {}
-    for method in methods:
+    for method in searched:
         mine = [record for record in records if record["job"]["method"] == method]
         chosen[method] = min(mine, key=_validation)["job"]["settings"]
     finals = [job(method, chosen[method], seed, "final") for seed in range(seeds) for method in methods]

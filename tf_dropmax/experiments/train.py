@@ -12,7 +12,7 @@ import tensorflow as tf
 from tf_dropmax.experiments import data, networks
 from tf_dropmax.experiments.measures import MEASURES
 from tf_dropmax.experiments.runner import key
-from tf_dropmax.experiments.systems import SYSTEMS
+from tf_dropmax.experiments.systems import ABLATIONS, SYSTEMS
 
 
 class Column(NamedTuple):
@@ -61,7 +61,7 @@ def execute(job, folder=None):
         the time since the last resumption, `steps` what was done in it.
     """
     search = job["phase"] == "search"
-    column, protocol, system = COLUMNS[job["column"]], PROTOCOLS[job["protocol"]], SYSTEMS[job["method"]]
+    column, protocol, system = COLUMNS[job["column"]], PROTOCOLS[job["protocol"]], {**SYSTEMS, **ABLATIONS}[job["method"]]
     dataset, seed = data.LOADERS[column.dataset](), job["seed"]
     per_class = column.search_per_class if search else column.train_per_class
     held_out = column.validation if search or per_class == column.search_per_class else 0
