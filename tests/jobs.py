@@ -12,4 +12,4 @@ def square(job):
 
 def slow(job):
     time.sleep(0.4)
-    return {"y": job["x"]}
+    return {"y": job["x"], "process": os.getpid()}

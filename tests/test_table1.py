@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jobs
 import keras
@@ -23,6 +24,14 @@ JOB = {"column": "digits", "protocol": "small", "iterations": 24, "seed": 0, "ph
 
 def lines(path):
     return path.read_bytes().split(b"\n")[:-1]
+
+
+def running(process):
+    """Whether there is such a process, and it is not a zombie that nobody has fetched."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_runner_keeps_order_and_does_nothing_twice(tmp_path):
@@ -82,6 +91,10 @@ def test_killed_and_resumed(tmp_path, whole_group):
     process.wait()
     kept = lines(path)
     assert 3 <= len(kept) < 12
+    for worker in {json.loads(line)["result"]["process"] for line in kept}:
+        while running(worker):  # workers end with the program
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
     assert lines(path)[: len(kept)] == kept
     assert sorted(json.loads(line)["result"]["y"] for line in lines(path)) == list(range(12))
@@ -253,6 +266,58 @@ def test_a_split_without_a_number_takes_everything():
     assert set(split.train[0]) | set(split.validation[0]) == set(range(100))
     assert len(split.train[0]) == 70
     assert split.test[0] is dataset.x_test
+
+
+def test_resnet34(rng):
+    x = rng.uniform(size=(2, 32, 32, 3)).astype("float32")
+    one, other = (train.networks.resnet34((32, 32, 3), seed, 1e-4) for seed in (1, 2))
+    convolutions = [layer for layer in one.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert len([c for c in convolutions if c.kernel_size == (3, 3)]) == 33  # and the head is the 34th layer
+    assert len(convolutions) == 33 + 3
+    assert one.output_shape == (None, 512)
+    assert [layer.output.shape[1] for layer in one.layers if isinstance(layer, keras.layers.Add)] == [32] * 3 + [16] * 4 + [
+        8
+    ] * 6 + [4] * 3
+    kernels = [c.kernel.numpy().ravel()[:50] for c in convolutions]
+    assert len({tuple(k) for k in kernels}) == len(kernels)
+    assert not np.allclose(one(x), other(x))
+
+
+@pytest.mark.parametrize(("name", "labels"), [("cifar10", 1), ("cifar100", 2)])
+def test_cifar_from_the_binary_version(name, labels, rng, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TF_DROPMAX_DATA", str(tmp_path))
+    train_names = [f"data_batch_{i}.bin" for i in range(1, 6)] if labels == 1 else ["train.bin"]
+    images = rng.integers(256, size=(24, 32, 32, 3), dtype="uint8")
+    classes = np.arange(24) % 10
+    for number, file in enumerate([*train_names, "test.bin" if labels == 2 else "test_batch.bin"]):
+        part = slice(4 * number, 4 * number + 4)
+        planes = images[part].transpose(0, 3, 1, 2).reshape(4, -1)
+        coarse = np.full((4, labels - 1), 99, "uint8")
+        np.concatenate([coarse, classes[part, None].astype("uint8"), planes], axis=1).tofile(tmp_path / file)
+    dataset = data.LOADERS[name]()
+    count = 4 * len(train_names)
+    np.testing.assert_allclose(dataset.x * 255, images[:count], atol=1e-4)
+    np.testing.assert_array_equal(dataset.y, classes[:count])
+    np.testing.assert_allclose(dataset.x_test * 255, images[count : count + 4], atol=1e-4)
+    np.testing.assert_array_equal(dataset.y_test, classes[count : count + 4])
+    (tmp_path / train_names[0]).write_bytes(b"short")
+    with pytest.raises(UserError, match=f"{train_names[0]} is not a file of CIFAR"):
+        data.LOADERS[name]()
+    (tmp_path / train_names[0]).unlink()
+
+    def no_network():
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setattr(getattr(keras.datasets, name), "load_data", no_network)
+    with pytest.raises(UserError, match=f"no {train_names[0]}"):
+        data.LOADERS[name]()
+    monkeypatch.setattr(
+        getattr(keras.datasets, name), "load_data", lambda: ((images, classes[:, None]), (images[:3], classes[:3, None]))
+    )
+    dataset = data.LOADERS[name]()
+    assert dataset.x.dtype == "float32"
+    assert dataset.y.shape == (24,)
+    np.testing.assert_array_equal(dataset.y_test, classes[:3])
 
 
 @pytest.mark.parametrize("network", ["lenet", "tutorial_cnn"])

@@ -90,7 +90,57 @@ def _hold_out(dataset, per_class):
     return Dataset(dataset.x[rest], dataset.y[rest], dataset.x[test], dataset.y[test])
 
 
-LOADERS = {"digits": digits, "mnist": mnist, "omniglot242": omniglot242}
+def cifar10():
+    """50,000 + 10,000 photographs of 32 x 32 pixels in 10 classes: see `_cifar`."""
+    return _cifar(keras.datasets.cifar10, [f"data_batch_{part}.bin" for part in range(1, 6)], "test_batch.bin", labels=1)
+
+
+def cifar100():
+    """50,000 + 10,000 photographs of 32 x 32 pixels in 100 classes: see `_cifar`."""
+    return _cifar(keras.datasets.cifar100, ["train.bin"], "test.bin", labels=2)
+
+
+def _cifar(source, train_names, test_name, labels):
+    """From the files of the "binary version" if they are there, else by `keras.datasets`.
+
+    Every record of the binary version is `labels` bytes, the last of them the class, and 3 x 32 x 32 bytes of pixels. (The
+    "python version" is pickles, which could run anything.)
+    """
+    paths = [find(name) for name in (*train_names, test_name)]
+    if None in paths:
+        try:
+            (x, y), (x_test, y_test) = source.load_data()
+        except Exception as error:
+            names = ", ".join((*train_names, test_name))
+            absent = missing((*train_names, test_name)[paths.index(None)])
+            raise UserError(
+                f"CIFAR could not be downloaded ({_first_line(error)}), and {absent}; the binary version is {names}."
+            ) from error
+        return Dataset(
+            *(part for x, y in [(x, y), (x_test, y_test)] for part in (_photographs(x), y.reshape(-1).astype("int64")))
+        )
+    size = labels + 3 * 32 * 32
+    parts = []
+    for path in paths:
+        content = np.frombuffer(path.read_bytes(), "uint8")
+        if len(content) == 0 or len(content) % size:
+            raise UserError(
+                f"{path} is not a file of CIFAR's binary version: expected records of {size} bytes, {len(content)} found."
+            )
+        parts.append(content.reshape(-1, size))
+    train, test = np.concatenate(parts[:-1]), parts[-1]
+    arrays = []
+    for records in (train, test):
+        arrays.append(_photographs(records[:, labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)))
+        arrays.append(records[:, labels - 1].astype("int64"))
+    return Dataset(*arrays)
+
+
+def _photographs(x):
+    return (x / np.float32(255)).astype("float32")
+
+
+LOADERS = {"digits": digits, "mnist": mnist, "omniglot242": omniglot242, "cifar10": cifar10, "cifar100": cifar100}
 
 
 def find(name):

@@ -55,6 +55,31 @@ def tutorial_cnn(shape, seed, l2=0.0):
     return keras.Sequential(stack, name="features")
 
 
+def resnet34(shape, seed, l2=0.0):
+    """The 34-layer residual network for 32 x 32 images: a 3 x 3 convolution, then 3, 4, 6, 3 blocks of 64 to 512 channels.
+
+    Args and result as for `mlp`; 512 features. Without the stride and the pooling of the first layers of the network for
+    ImageNet, which would leave little of so small an image.
+    """
+    seeds = iter(range(seed, seed + 100))
+
+    def convolution(x, channels, size, stride=1):
+        weights = {"kernel_initializer": keras.initializers.HeNormal(next(seeds)), "kernel_regularizer": decay(l2)}
+        x = layers.Conv2D(channels, size, stride, padding="same", use_bias=False, **weights)(x)
+        return layers.BatchNormalization()(x)
+
+    inputs = keras.Input(shape)
+    x = layers.ReLU()(convolution(inputs, 64, 3))
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        channels = 64 * 2**stage
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            shortcut = x if x.shape[-1] == channels and stride == 1 else convolution(x, channels, 1, stride)
+            residual = convolution(layers.ReLU()(convolution(x, channels, 3, stride)), channels, 3)
+            x = layers.ReLU()(layers.Add()([shortcut, residual]))
+    return keras.Model(inputs, layers.GlobalAveragePooling2D()(x), name="features")
+
+
 def decay(l2):
     """The regularizer that adds `l2 / 2` times the squared norm, or `None`."""
     return keras.regularizers.L2(l2 / 2) if l2 else None

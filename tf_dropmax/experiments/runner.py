@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import platform
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -101,7 +102,17 @@ def run(execute, jobs, path, workers=2, console=None):
 def _pool(workers):
     threads = str(max((os.cpu_count() or 1) // workers, 1))
     os.environ.update(OMP_NUM_THREADS=threads, TF_NUM_INTRAOP_THREADS=threads, TF_NUM_INTEROP_THREADS=threads)
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent():
+    """In a worker: ends it when the program that started it was killed, which a worker would not notice by itself."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _cut_broken_line(file):

@@ -39,11 +39,14 @@ COLUMNS = {
     "mnist-5k": Column("mnist", 500, 500, 5000, 10_000),
     "mnist-55k": Column("mnist", None, None, 5000, 20_000),
     "omniglot-242": Column("omniglot242", 15, 12, 726, 2220),
+    "cifar-10": Column("cifar10", None, None, 5000, 64_000),
+    "cifar-100": Column("cifar100", None, None, 5000, 64_000),
     "digits": Column("digits", 30, 30, 300, 600),
 }
 PROTOCOLS = {
     "paper": Protocol(networks.tutorial_cnn, 50, 1e-4, False, 20_000),
     "released": Protocol(networks.lenet, 100, 1e-3, True, None),
+    "resnet": Protocol(networks.resnet34, 128, 1e-3, True, None),  # for CIFAR; the schedule is ours
     "small": Protocol(networks.mlp, 50, 1e-3, True, None),
 }
 
