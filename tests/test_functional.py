@@ -159,14 +159,14 @@ def test_exact_agrees_with_enumeration(rng, dtype, spread):
     log_p = functional.exact(logits.astype(dtype), retain_logits.astype(dtype)).numpy()
     reference = oracles.enumerate_masks(logits.astype(dtype), retain_logits.astype(dtype))
     np.testing.assert_allclose(np.exp(log_p), reference, atol=2e-6 if dtype == "float32" else 1e-12)
-    assert np.all(log_p > np.log(reference) - 0.2)  # small probabilities keep their size, too
+    np.testing.assert_allclose(log_p, np.log(reference), atol=1e-3)  # small probabilities keep their size, too
 
 
 def test_exact_keeps_the_size_of_small_probabilities():
     logits = np.array([[12.7, 20.5, -58.1, -20.9, 24.7, -34.1]], "float32")
     retain_logits = np.full((1, 6), 12, "float32")
     reference = np.log(oracles.enumerate_masks(logits, retain_logits))
-    np.testing.assert_allclose(functional.exact(logits, retain_logits), reference, atol=0.02)
+    np.testing.assert_allclose(functional.exact(logits, retain_logits), reference, atol=5e-3)
     assert reference.min() < -55
 
 

@@ -421,19 +421,18 @@ def _log_quadrature(logits, retain_logits):
     width = (last - first) / tf.cast(nodes, logits.dtype)  # (B, 1): every row its own range, all rows as many nodes
 
     def integrate(terms, count):
-        """Sums `terms(y, decay, phi, density)` over the nodes; `density_k` is the integrand of `p_k` in `log s`."""
+        """Sums `terms(y, exp(-y), 1 - exp(-y), phi, density)` over the nodes, `density_k` the integrand of p_k in log s."""
 
         def add(index, _, *totals):
             position = first + width * tf.cast(index, logits.dtype)
             y = tf.exp(tf.minimum(position + relative, 5.0))  # s w; at exp(5), exp(-s w) is 0 already
-            loss = tf.math.expm1(-y)
-            decay = 1 + loss
+            decay, loss = tf.exp(-y), -tf.math.expm1(-y)
             phi = tf.maximum(drop + retain * decay, tiny)
-            # Near 1, phi has lost digits that a sum over many classes would miss: phi - 1 is `retain * loss`.
-            log_phi = tf.math.log(phi) + tf.where(phi > 0.5, (retain * loss - (phi - 1)) / phi, 0)
+            # Near 1, phi has lost digits that a sum over many classes would miss: 1 - phi is `retain * loss`.
+            log_phi = tf.math.log(phi) + tf.where(phi > 0.5, (1 - phi - retain * loss) / phi, 0)
             survival = tf.reduce_sum(log_phi, axis=-1, keepdims=True)
             density = retain * y * decay * tf.exp(survival - log_phi)
-            totals = [total + term for total, term in zip(totals, terms(y, decay, phi, density), strict=True)]
+            totals = [total + term for total, term in zip(totals, terms(y, decay, loss, phi, density), strict=True)]
             return index + 1, tf.reduce_max(survival), *totals
 
         def more(index, survival, *_):
@@ -444,15 +443,15 @@ def _log_quadrature(logits, retain_logits):
         return [width * total for total in totals]
 
     none_retained = tf.exp(tf.reduce_sum(log_drop, axis=-1, keepdims=True)) / tf.cast(tf.shape(logits)[-1], logits.dtype)
-    (mean,) = integrate(lambda y, decay, phi, density: [density], 1)
+    (mean,) = integrate(lambda y, decay, loss, phi, density: [density], 1)
     p = tf.maximum(mean + none_retained, tiny)
 
     def gradient(upstream):
-        def terms(y, decay, phi, density):
+        def terms(y, decay, loss, phi, density):
             pull = upstream * (density / p)
             others = tf.reduce_sum(pull, axis=-1, keepdims=True) - pull
             slope = retain / phi
-            return pull * (1 - y) - others * slope * y * decay, pull * drop + others * slope * drop * (decay - 1)
+            return pull * (1 - y) - others * slope * y * decay, pull * drop - others * slope * drop * loss
 
         grad_logits, grad_retain = integrate(terms, 2)
         rest = tf.reduce_sum(upstream * (none_retained / p), axis=-1, keepdims=True)
