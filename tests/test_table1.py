@@ -268,6 +268,50 @@ def test_a_split_without_a_number_takes_everything():
     assert split.test[0] is dataset.x_test
 
 
+def test_image_folder_and_awa2(rng, tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_DROPMAX_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=f"no JPEGImages in or below {tmp_path}"):
+        data.awa2()
+    folder = tmp_path / "Animals_with_Attributes2" / "JPEGImages"
+    for name, colour, count in [("zebra", 250, 7), ("antelope", 10, 5)]:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            image = np.full((40, 60, 3), colour, "uint8")
+            keras.utils.save_img(folder / name / f"{name}_{number}.jpg", image, scale=False)
+    (folder / "zebra" / "notes.txt").write_text("not an image")
+    dataset = data.image_folder(folder, (20, 30))
+    assert (dataset.x.shape, dataset.x.dtype) == ((12, 20, 30, 3), "uint8")
+    np.testing.assert_array_equal(dataset.y, [0] * 5 + [1] * 7)
+    assert abs(dataset.x[dataset.y == 0].astype(int) - 10).max() < 5
+    assert abs(dataset.x[dataset.y == 1].astype(int) - 250).max() < 5
+    dataset = data.awa2()
+    assert dataset.x.shape[1:] == (227, 227, 3)
+    np.testing.assert_array_equal(np.bincount(dataset.y_test), [1, 1])
+    assert len(dataset.y) == 10
+    (folder / "zebra" / "broken.png").write_bytes(b"PNG?")
+    with pytest.raises(UserError, match=r"broken\.png cannot be read as an image"):
+        data.image_folder(folder)
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no images"):
+        data.image_folder(folder)
+    with pytest.raises(UserError, match="two at least; it has 0"):
+        data.image_folder(folder / "empty")
+
+
+def test_alexnet_and_weights_from_a_file(tmp_path, rng, capsys):
+    network = train.networks.alexnet((227, 227, 3), 1)
+    sizes = [11 * 11 * 3 * 96 + 96, 5 * 5 * 96 * 256 + 256, 9 * 256 * 384 + 384, 9 * 384 * 384 + 384, 9 * 384 * 256 + 256]
+    assert network.count_params() == sum(sizes) + (6 * 6 * 256 + 1) * 4096 + 4097 * 4096
+    assert network(rng.integers(256, size=(1, 227, 227, 3), dtype="uint8")).shape == (1, 4096)
+    start = train.networks.mlp((8, 8, 1), seed=5)
+    start.save_weights(tmp_path / "start.weights.h5")
+    job = {**JOB, "method": "base", "settings": {"l2": 0.0}, "iterations": 6}
+    random, loaded = train.execute(job), train.execute({**job, "weights": str(tmp_path / "start.weights.h5")})
+    assert random["loss"] != loaded["loss"]
+    assert main(["table1", "--column", "digits", "--weights", str(tmp_path / "absent.h5")]) == 1
+    assert "no file of weights" in capsys.readouterr().err
+
+
 def test_resnet34(rng):
     x = rng.uniform(size=(2, 32, 32, 3)).astype("float32")
     one, other = (train.networks.resnet34((32, 32, 3), seed, 1e-4) for seed in (1, 2))

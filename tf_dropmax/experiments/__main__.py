@@ -29,6 +29,7 @@ def main(arguments=None):
     options.add_argument("--iterations", type=_positive, help="training steps of a run, default: as in the protocol")
     options.add_argument("--workers", type=_positive, default=2, help="processes, default: %(default)s")
     options.add_argument("--budget", type=_positive, default=6, help="settings tried for each method, default: %(default)s")
+    options.add_argument("--weights", help=".weights.h5 file that the network starts from, default: random weights")
     options.add_argument("--output", help="results file, which is added to, default: table1-COLUMN-PROTOCOL.jsonl")
     options = vars(parser.parse_args(arguments))
     command = {"demo": demo.run, "table1": table1.run}[options.pop("command")]

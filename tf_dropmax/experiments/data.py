@@ -140,7 +140,49 @@ def _photographs(x):
     return (x / np.float32(255)).astype("float32")
 
 
-LOADERS = {"digits": digits, "mnist": mnist, "omniglot242": omniglot242, "cifar10": cifar10, "cifar100": cifar100}
+def image_folder(path, size=(227, 227)):
+    """Images in one folder for each class; the classes are numbered in the order of the folders' names.
+
+    Args:
+        path: Path of the folder that has the classes' folders.
+        size: Height and width to which every image is scaled. Defaults to `(227, 227)`.
+
+    Returns:
+        A `Dataset` without a test set; its `x` is uint8, from 0 to 255, as there may be many.
+
+    Raises:
+        UserError: if there are fewer than two classes' folders, one has no images, or a file cannot be read as an image.
+    """
+    folders = sorted(folder for folder in Path(path).glob("*") if folder.is_dir())
+    if len(folders) < 2:
+        raise UserError(f"{path} must have a folder for each class, two at least; it has {len(folders)}.")
+    images, labels = [], []
+    for label, folder in enumerate(folders):
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in {".jpg", ".jpeg", ".png", ".bmp"})
+        if not files:
+            raise UserError(f"{folder} has no images (.jpg, .jpeg, .png, .bmp).")
+        for file in files:
+            try:
+                images.append(np.asarray(keras.utils.load_img(file, target_size=size), "uint8"))
+            except Exception as error:  # a broken image raises whatever its decoder does
+                raise UserError(f"{file} cannot be read as an image ({_first_line(error)}).") from error
+            labels.append(label)
+    return Dataset(np.stack(images), np.array(labels, "int64"))
+
+
+def awa2():
+    """Animals with Attributes 2: 37,322 photographs of 50 animals, in a local folder `JPEGImages`.
+
+    To test there are as many of each class as are a fifth of the smallest class.
+    """
+    folder = find("JPEGImages")
+    if folder is None:
+        raise UserError(f"Animals with Attributes 2 cannot be read: {missing('JPEGImages')}; it is a folder of the data set.")
+    dataset = image_folder(folder)
+    return _hold_out(dataset, int(np.bincount(dataset.y).min()) // 5)
+
+
+LOADERS = {"digits": digits, "mnist": mnist, "omniglot242": omniglot242, "cifar10": cifar10, "cifar100": cifar100, "awa2": awa2}
 
 
 def find(name):

@@ -55,6 +55,26 @@ def tutorial_cnn(shape, seed, l2=0.0):
     return keras.Sequential(stack, name="features")
 
 
+def alexnet(shape, seed, l2=0.0):
+    """AlexNet in one tower, without its response normalisation, for photographs of 227 x 227 pixels from 0 to 255.
+
+    Args and result as for `mlp`; 4,096 features.
+    """
+    stack = [keras.Input(shape), layers.Rescaling(1 / 255)]
+    for number, (channels, size, stride, pool) in enumerate(
+        [(96, 11, 4, True), (256, 5, 1, True), (384, 3, 1, False), (384, 3, 1, False), (256, 3, 1, True)]
+    ):
+        padding = "valid" if number == 0 else "same"
+        weights = _weights(seed + number, l2)
+        stack.append(layers.Conv2D(channels, size, stride, padding=padding, activation="relu", **weights))
+        if pool:
+            stack.append(layers.MaxPooling2D(3, 2))
+    stack.append(layers.Flatten())
+    for number in (5, 6):
+        stack += [_dense(4096, seed + number, l2), layers.Dropout(0.5, seed=seed + number)]
+    return keras.Sequential(stack, name="features")
+
+
 def resnet34(shape, seed, l2=0.0):
     """The 34-layer residual network for 32 x 32 images: a 3 x 3 convolution, then 3, 4, 6, 3 blocks of 64 to 512 channels.
 

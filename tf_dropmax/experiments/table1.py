@@ -53,7 +53,18 @@ PAPER = {
 }
 
 
-def run(column, protocol="released", methods=None, ablation=False, seeds=5, iterations=None, workers=2, budget=6, output=None):
+def run(
+    column,
+    protocol="released",
+    methods=None,
+    ablation=False,
+    seeds=5,
+    iterations=None,
+    workers=2,
+    budget=6,
+    weights=None,
+    output=None,
+):
     """Searches, trains, and prints the table; what is in the results file already is not done again.
 
     Args:
@@ -66,6 +77,8 @@ def run(column, protocol="released", methods=None, ablation=False, seeds=5, iter
         iterations: Positive int, training steps of a run, or `None`: as the protocol has it. Defaults to `None`.
         workers: Positive int, number of processes. Defaults to 2.
         budget: Positive int, number of settings that are tried for each method; they have up to 6. Defaults to 6.
+        weights: Path of a `.weights.h5` file from which the network, without its head, starts; or `None`: random weights.
+            Defaults to `None`.
         output: Path of the results file, or `None`: `table1-COLUMN-PROTOCOL.jsonl`. Defaults to `None`.
 
     Raises:
@@ -81,6 +94,11 @@ def run(column, protocol="released", methods=None, ablation=False, seeds=5, iter
     train.data.LOADERS[train.COLUMNS[column].dataset]()  # a missing file is found now, and not in every worker
     execute = partial(train.execute, folder=str(output.with_suffix(".part")))
     same = {"column": column, "protocol": protocol, "iterations": iterations}
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise UserError(f"There is no file of weights {weights}.")
+        same["weights"] = str(Path(weights).resolve())
+    console.print(f"The network starts from {'random weights' if weights is None else weights}.")
 
     def job(method, settings, seed, phase):
         return {**same, "method": method, "settings": settings, "seed": seed, "phase": phase}

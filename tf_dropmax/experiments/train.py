@@ -41,12 +41,14 @@ COLUMNS = {
     "omniglot-242": Column("omniglot242", 15, 12, 726, 2220),
     "cifar-10": Column("cifar10", None, None, 5000, 64_000),
     "cifar-100": Column("cifar100", None, None, 5000, 64_000),
+    "awa2": Column("awa2", None, None, 5000, 20_000),
     "digits": Column("digits", 30, 30, 300, 600),
 }
 PROTOCOLS = {
     "paper": Protocol(networks.tutorial_cnn, 50, 1e-4, False, 20_000),
     "released": Protocol(networks.lenet, 100, 1e-3, True, None),
     "resnet": Protocol(networks.resnet34, 128, 1e-3, True, None),  # for CIFAR; the schedule is ours
+    "alexnet": Protocol(networks.alexnet, 128, 1e-4, True, None),  # for AwA2; the schedule is ours
     "small": Protocol(networks.mlp, 50, 1e-3, True, None),
 }
 
@@ -55,8 +57,9 @@ def execute(job, folder=None):
     """Trains and measures.
 
     Args:
-        job: `{"column", "protocol", "iterations", "method", "settings", "seed", "phase"}`. Phase `"search"` measures on
-            validation data, and the test data are not touched; phase `"final"` measures on test data.
+        job: `{"column", "protocol", "iterations", "method", "settings", "seed", "phase"}` and, if the network does not start
+            from random weights, `"weights"`, the path of a `.weights.h5` file of it without its head. Phase `"search"`
+            measures on validation data, and the test data are not touched; phase `"final"` measures on test data.
         folder: Path for checkpoints, from which a killed run goes on, or `None`. Defaults to `None`.
 
     Returns:
@@ -72,6 +75,8 @@ def execute(job, folder=None):
     settings = dict(job["settings"])
     l2 = settings.pop("l2")
     features = protocol.network(dataset.x.shape[1:], seed, l2)
+    if "weights" in job:
+        features.load_weights(job["weights"])
     head, loss = system.build(dataset.classes, seed, l2, **settings)
     model = keras.Sequential([features, head])
     model.compile(keras.optimizers.Adam(_learning_rate(protocol, job["iterations"])), loss)
