@@ -103,7 +103,7 @@ def test_killed_and_resumed(tmp_path, whole_group):
 @pytest.mark.parametrize("method", SYSTEMS)
 def test_every_system_trains_and_is_measured(method):
     system = SYSTEMS[method]
-    assert len(system.grid) == 6
+    assert len(system.grid) >= 9
     result = train.execute({**JOB, "method": method, "settings": system.grid[2], "iterations": 120})
     assert set(result["measures"]) == set(system.rows)
     assert result["loss"][-1] < result["loss"][0]
@@ -180,6 +180,15 @@ def test_the_search_does_not_see_the_test_data(monkeypatch):
     job = {**JOB, "method": "base", "settings": {"l2": 0.0}, "iterations": 120}
     assert train.execute({**job, "phase": "search"})["measures"]["(2)"]["error %"] < 10
     assert train.execute(job)["measures"]["(2)"]["error %"] > 90
+
+
+def test_every_method_has_the_same_budget():
+    for system in SYSTEMS.values():
+        six, three = table1._draw(system.grid, 6), table1._draw(system.grid, 3)
+        assert len(six) == 6
+        assert six[:3] == three
+        assert len({runner.key(settings) for settings in six}) == 6
+        assert {settings["l2"] for settings in system.grid} >= {1e-4, 1e-3, 1e-2}
 
 
 def test_settings_are_chosen_by_validation_error():

@@ -65,45 +65,42 @@ _MODES = {
     "(2)": partial(_in_mode, "softmax", 1),
 }
 _FRACTIONS = (0.2, 0.4, 0.6)
-_SIX_DECAYS = [{"l2": l2} for l2 in (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 1e-2)]
+_DECAYS = [{"l2": l2} for l2 in (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)]
 
 
-def _with_two_decays(**values):
-    """Settings of one more hyper-parameter, three values of it."""
-    ((name, values),) = values.items()
-    return [{"l2": l2, name: value} for l2, value in product((1e-4, 1e-3), values)]
+def _grid(**values):
+    """All combinations of these values and of three weight decays."""
+    values = {"l2": (1e-4, 1e-3, 1e-2), **values}
+    return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
 
 
 def _sampled(sampler):
     return System(
         partial(_logits_head, partial(SampledSoftmaxLoss, sampler=sampler)),
         {"(2)": _softmax_of_logits},
-        _with_two_decays(sample_fraction=_FRACTIONS),
+        _grid(sample_fraction=_FRACTIONS),
     )
 
 
-# Every grid has six settings. The first row of each system is what its settings are chosen by.
+# A search tries as many settings of each grid, drawn at random. The first row of a system is what they are chosen by.
 SYSTEMS = {
-    "base": System(partial(_logits_head, _cross_entropy), {"(2)": _softmax_of_logits}, _SIX_DECAYS),
+    "base": System(partial(_logits_head, _cross_entropy), {"(2)": _softmax_of_logits}, _DECAYS),
     "sampled-uniform": _sampled("uniform"),
     "sampled-learned": _sampled("learned_unigram"),
-    "sparsemax": System(partial(_logits_head, _sparsemax_loss), {"sparsemax": _sparsemax_of_logits}, _SIX_DECAYS),
+    "sparsemax": System(partial(_logits_head, _sparsemax_loss), {"sparsemax": _sparsemax_of_logits}, _DECAYS),
     "attention": System(
-        partial(_dropmax_head, stochastic=False), {"(18)": _MODES["(18)"]}, _with_two_decays(entropy_weight=(0.1, 1.0, 10.0))
+        partial(_dropmax_head, stochastic=False), {"(18)": _MODES["(18)"]}, _grid(entropy_weight=(0.1, 1.0, 10.0))
     ),
     "random": System(
         _dropmax_head,
         {key: _MODES[key] for key in ("(17) S=30", "(17) S=100", "(18)", "(2)")},
-        _with_two_decays(retain_probability=_FRACTIONS),
+        _grid(retain_probability=_FRACTIONS),
     ),
-    "adaptive": System(_dropmax_head, {"(18)": _MODES["(18)"], **_MODES}, _with_two_decays(entropy_weight=(0.1, 1.0, 10.0))),
+    "adaptive": System(_dropmax_head, {"(18)": _MODES["(18)"], **_MODES}, _grid(entropy_weight=(0.1, 1.0, 10.0))),
     "label": System(
         partial(_dropmax_head, posterior="label"),
         {"(18)": _MODES["(18)"], **_MODES},
-        [
-            {"l2": 1e-4, "auxiliary_weight": auxiliary, "entropy_weight": entropy}
-            for auxiliary, entropy in product((0.1, 1.0), (0.3, 1.0, 3.0))
-        ],
+        _grid(auxiliary_weight=(0.1, 1.0), entropy_weight=(0.3, 1.0, 3.0)),
     ),
 }
 

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -76,7 +77,7 @@ def run(
         seeds: Positive int, number of final runs of each method, seeds 0, 1, ... Defaults to 5.
         iterations: Positive int, training steps of a run, or `None`: as the protocol has it. Defaults to `None`.
         workers: Positive int, number of processes. Defaults to 2.
-        budget: Positive int, number of settings that are tried for each method; they have up to 6. Defaults to 6.
+        budget: Positive int, number of settings that are tried for each method, drawn from its grid. Defaults to 6.
         weights: Path of a `.weights.h5` file from which the network, without its head, starts; or `None`: random weights.
             Defaults to `None`.
         output: Path of the results file, or `None`: `table1-COLUMN-PROTOCOL.jsonl`. Defaults to `None`.
@@ -103,9 +104,7 @@ def run(
     def job(method, settings, seed, phase):
         return {**same, "method": method, "settings": settings, "seed": seed, "phase": phase}
 
-    order = np.random.default_rng(0).permutation(6)  # which settings a smaller budget leaves out is left to chance
-    grids = {method: systems[method].grid for method in methods}
-    tried = {method: [grid[index] for index in order if index < len(grid)][:budget] for method, grid in grids.items()}
+    tried = {method: _draw(systems[method].grid, budget) for method in methods}
     chosen = {method: settings[0] for method, settings in tried.items() if len(settings) == 1}  # nothing to choose from
     searched = [method for method in methods if method not in chosen]
     searches = [job(method, settings, SEARCH_SEED, "search") for method in searched for settings in tried[method]]
@@ -118,6 +117,11 @@ def run(
     console.print(_table(column, protocol, iterations, seeds, records, chosen))
 
 
+def _draw(grid, budget):
+    """The settings to try: always the same, and those of a smaller budget are among those of a larger one."""
+    return [grid[index] for index in np.random.default_rng(0).permutation(len(grid))[:budget]]
+
+
 def _validation(record):
     """Validation error, ties broken by likelihood; a run that diverged comes last."""
     measures = next(iter(record["result"]["measures"].values()))
@@ -127,7 +131,8 @@ def _validation(record):
 
 def _table(column, protocol, iterations, seeds, records, chosen):
     title = f"{column}, protocol {protocol}, {iterations} iterations, {seeds} seeds: test error in percent"
-    table = Table(title=title, caption="difference: mean of the paired differences to base, with its 95 % confidence interval")
+    caption = "difference: mean of the paired differences to base, with its 95 % confidence interval"
+    table = Table(title=title, caption=caption, box=MARKDOWN)
     for name in (
         "method",
         "predicted by",
