@@ -389,7 +389,7 @@ def test_finite_for_any_finite_input(rng, classes, dtype, name):
         "random": lambda o, r: functional.target_log_likelihood(o, functional.bernoulli_mask_logits(0.2, uniform)),
         "entropy": lambda o, r: functional.entropy(r) + 0 * o,
         "label": lambda o, r: functional.posterior_scores(
-            o, r, r[::-1], functional.mask_logits(functional.posterior_logits(r, r[::-1]), uniform), 0.1
+            o, r, r[::-1], functional.mask_logits(functional.posterior_logits(r, r[::-1]), uniform), 100.0
         ),
         "sparsemax": lambda o, r: functional.sparsemax(o) + 0 * r,
         "sparse": lambda o, r: functional.sparsemax_scores(o) + 0 * r,

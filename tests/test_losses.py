@@ -139,6 +139,9 @@ def test_learned_unigram_counts_labels(form):
     for _ in range(2):
         call(tf.constant(labels), tf.zeros((4, 4)))
     np.testing.assert_array_equal(loss._counts, [7, 1, 3, 1])
+    loss = SampledSoftmaxLoss(0.5, "learned_unigram", seed=1, ignore_class=0)
+    loss(np.array([0, 0, 2, 0]), np.zeros((4, 4), "float32"))
+    np.testing.assert_array_equal(loss._counts, [1, 1, 2, 1])
 
 
 @pytest.mark.parametrize("settings", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)

@@ -246,7 +246,8 @@ def posterior_scores(logits, retain_logits, auxiliary_logits, mask_logits, auxil
     >>> F.posterior_scores(o, r, a, masks).shape
     TensorShape([1, 2])
     """
-    retain_logits, auxiliary_logits = _clip(retain_logits), _clip(auxiliary_logits)
+    # Sums over classes, times the weight, must stay finite: a narrower range than elsewhere.
+    retain_logits, auxiliary_logits = (tf.clip_by_value(_clip(x), -1e28, 1e28) for x in (retain_logits, auxiliary_logits))
     posterior = posterior_logits(retain_logits, auxiliary_logits)
     log_prior, log_posterior = tf.math.log_sigmoid(retain_logits), tf.math.log_sigmoid(posterior)
     # log(1 - q) = log q - c; written so that neither term loses its digits where q is close to 0 or 1.

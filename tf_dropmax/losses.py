@@ -153,7 +153,8 @@ class SampledSoftmaxLoss(_LabelLoss):
 
     A loss does not know whether it is used to train: `evaluate` and `val_loss` report the sampled loss as well (and the
     sampler learns from their labels). For the negative log-likelihood use the metric
-    `keras.metrics.SparseCategoricalCrossentropy(from_logits=True)`.
+    `keras.metrics.SparseCategoricalCrossentropy(from_logits=True)`. Neither the state of the sampler nor that of its seed is
+    saved with a model. With a `tf.distribute` strategy, make the loss within its scope.
 
     Args:
         sample_fraction: Float in (0, 1), the fraction of the classes to draw; at least one is drawn and at least one is not.
@@ -209,8 +210,12 @@ class SampledSoftmaxLoss(_LabelLoss):
             with tf.init_scope():
                 ones = tf.ones([classes], self.dtype)
                 self._counts = tf.Variable(ones, trainable=False, aggregation=tf.VariableAggregation.SUM)
-        sparse = _labels_are_sparse(y_true.shape, y_pred.shape)
-        seen = tf.one_hot(tf.cast(y_true, "int32"), classes, dtype=self.dtype) if sparse else y_true
+        seen = y_true
+        if _labels_are_sparse(y_true.shape, y_pred.shape):
+            index = tf.cast(y_true, "int32")
+            if self.ignore_class is not None:
+                index = tf.where(tf.equal(index, self.ignore_class), -1, index)  # a row of zeros
+            seen = tf.one_hot(index, classes, dtype=self.dtype)
         self._counts.assign_add(tf.reduce_sum(tf.reshape(seen, [-1, classes]), axis=0))
 
     def scores(self, y_pred):

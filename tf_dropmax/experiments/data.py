@@ -79,10 +79,10 @@ def omniglot242():
         raise UserError(
             f"{path} does not hold 242 classes of 20 images (28, 28): found {x.dtype} {x.shape}, {y.dtype} {y.shape}."
         )
-    return _hold_out(Dataset(_images(x), y.astype("int64")), 5)
+    return hold_out(Dataset(_images(x), y.astype("int64")), 5)
 
 
-def _hold_out(dataset, per_class):
+def hold_out(dataset, per_class):
     """Turns some images of each class, always the same, into the test set."""
     order = np.random.default_rng(0).permutation(len(dataset.y))
     test = np.concatenate([order[dataset.y[order] == label][:per_class] for label in range(dataset.classes)])
@@ -179,7 +179,7 @@ def awa2():
     if folder is None:
         raise UserError(f"Animals with Attributes 2 cannot be read: {missing('JPEGImages')}; it is a folder of the data set.")
     dataset = image_folder(folder)
-    return _hold_out(dataset, int(np.bincount(dataset.y).min()) // 5)
+    return hold_out(dataset, int(np.bincount(dataset.y).min()) // 5)
 
 
 LOADERS = {"digits": digits, "mnist": mnist, "omniglot242": omniglot242, "cifar10": cifar10, "cifar100": cifar100, "awa2": awa2}

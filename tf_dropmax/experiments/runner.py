@@ -1,5 +1,6 @@
 """Runs many jobs in worker processes; results go to a JSON-lines file at once, and a killed run goes on from there."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -79,7 +80,9 @@ def run(execute, jobs, path, workers=2, console=None):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with file, _pool(workers) as pool, Progress(*columns, console=console) as progress:
+        # Jobs take minutes: the time left is estimated from all of them, and not from the last half-minute.
+        progress = Progress(*columns, console=console, speed_estimate_period=1e6)
+        with file, _pool(workers) as pool, _ended_by_exceptions(pool), progress:
             _cut_broken_line(file)
             task = progress.add_task(path.stem, total=len(jobs), completed=len(jobs) - len(pending))
             futures = {pool.submit(execute, job): job for job in pending}
@@ -97,6 +100,18 @@ def run(execute, jobs, path, workers=2, console=None):
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed; the others are in {path}. " + "; ".join(failures))
     return [records[key(job)] for job in jobs]
+
+
+@contextlib.contextmanager
+def _ended_by_exceptions(pool):
+    """On Ctrl-C or when a result cannot be written, ends the workers at once, rather than after all their jobs."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
 
 
 def _pool(workers):

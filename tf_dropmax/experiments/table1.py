@@ -77,7 +77,7 @@ def run(
         seeds: Positive int, number of final runs of each method, seeds 0, 1, ... Defaults to 5.
         iterations: Positive int, training steps of a run, or `None`: as the protocol has it. Defaults to `None`.
         workers: Positive int, number of processes. Defaults to 2.
-        budget: Positive int, number of settings that are tried for each method, drawn from its grid. Defaults to 6.
+        budget: Positive int, number of settings that are tried for each method, the first of its grid. Defaults to 6.
         weights: Path of a `.weights.h5` file from which the network, without its head, starts; or `None`: random weights.
             Defaults to `None`.
         output: Path of the results file, or `None`: `table1-COLUMN-PROTOCOL.jsonl`. Defaults to `None`.
@@ -86,8 +86,10 @@ def run(
         UserError: as `runner.run`, and if the data cannot be read.
     """
     console = Console()
+    if not console.is_terminal:
+        console.width = 220  # a table in a file is not to be wrapped
     systems = ABLATIONS if ablation else SYSTEMS
-    methods = list(methods or systems)
+    methods = list(dict.fromkeys(methods or systems))
     if not set(methods) <= set(systems):
         raise UserError(f"The methods are {', '.join(systems)}; received {', '.join(methods)}.")
     iterations = iterations or train.PROTOCOLS[protocol].iterations or train.COLUMNS[column].iterations
@@ -104,7 +106,7 @@ def run(
     def job(method, settings, seed, phase):
         return {**same, "method": method, "settings": settings, "seed": seed, "phase": phase}
 
-    tried = {method: _draw(systems[method].grid, budget) for method in methods}
+    tried = {method: systems[method].grid[:budget] for method in methods}
     chosen = {method: settings[0] for method, settings in tried.items() if len(settings) == 1}  # nothing to choose from
     searched = [method for method in methods if method not in chosen]
     searches = [job(method, settings, SEARCH_SEED, "search") for method in searched for settings in tried[method]]
@@ -115,11 +117,6 @@ def run(
     finals = [job(method, chosen[method], seed, "final") for seed in range(seeds) for method in methods]
     records = runner.run(execute, finals, output, workers, console)
     console.print(_table(column, protocol, iterations, seeds, records, chosen))
-
-
-def _draw(grid, budget):
-    """The settings to try: always the same, and those of a smaller budget are among those of a larger one."""
-    return [grid[index] for index in np.random.default_rng(0).permutation(len(grid))[:budget]]
 
 
 def _validation(record):

@@ -63,15 +63,12 @@ def execute(job, folder=None):
         folder: Path for checkpoints, from which a killed run goes on, or `None`. Defaults to `None`.
 
     Returns:
-        `{"measures": {row: {measure: number}}, "loss": [training loss of every epoch], "seconds", "steps"}`; `seconds` is
-        the time since the last resumption, `steps` what was done in it.
+        `{"measures": {row: {measure: number}}, "loss": [training loss of every epoch], "seconds", "steps"}`; `seconds` of
+        training. A run that was resumed gives the same as one that was not, except that dropout and the sampled softmax begin
+        anew with their random numbers, and the latter with its counts.
     """
-    search = job["phase"] == "search"
-    column, protocol, system = COLUMNS[job["column"]], PROTOCOLS[job["protocol"]], {**SYSTEMS, **ABLATIONS}[job["method"]]
-    dataset, seed = data.LOADERS[column.dataset](), job["seed"]
-    per_class = column.search_per_class if search else column.train_per_class
-    held_out = column.validation if search or per_class == column.search_per_class else 0
-    split = data.split(dataset, per_class, held_out, seed)
+    protocol, system, seed = PROTOCOLS[job["protocol"]], {**SYSTEMS, **ABLATIONS}[job["method"]], job["seed"]
+    dataset, split = split_for(job)
     settings = dict(job["settings"])
     l2 = settings.pop("l2")
     features = protocol.network(dataset.x.shape[1:], seed, l2)
@@ -82,8 +79,8 @@ def execute(job, folder=None):
     model.compile(keras.optimizers.Adam(_learning_rate(protocol, job["iterations"])), loss)
     steps = -(-len(split.train[1]) // protocol.batch)
     checkpoint = _Checkpoint(folder, job)
-    started = time.monotonic()
     first = checkpoint.restore(model)
+    checkpoint.started = time.monotonic()
     epochs = -(-job["iterations"] // steps)
     model.fit(
         _batches(split.train, protocol.batch, seed, range(first, epochs)),
@@ -94,14 +91,25 @@ def execute(job, folder=None):
         verbose=0,
         callbacks=[checkpoint],
     )
-    seconds = time.monotonic() - started
-    x, y = split.validation if search else split.test
+    seconds = checkpoint.seconds()
+    x, y = split.validation if job["phase"] == "search" else split.test
     measures = {}
     for row, predict in system.rows.items():
         log_p = predict(model, x)
         measures[row] = {name: measure(log_p, y) for name, measure in MEASURES.items()}
     checkpoint.remove()
-    return {"measures": measures, "loss": checkpoint.losses, "seconds": seconds, "steps": steps * (epochs - first)}
+    return {"measures": measures, "loss": checkpoint.losses, "seconds": seconds, "steps": steps * epochs}
+
+
+def split_for(job):
+    """The data set of a job and its split. Images that test are never among those that a search sees."""
+    column, search = COLUMNS[job["column"]], job["phase"] == "search"
+    dataset = data.LOADERS[column.dataset]()
+    if dataset.x_test is None:
+        dataset = data.hold_out(dataset, 50)
+    per_class = column.search_per_class if search else column.train_per_class
+    held_out = column.validation if search or per_class == column.search_per_class else 0
+    return dataset, data.split(dataset, per_class, held_out, job["seed"])
 
 
 def _learning_rate(protocol, iterations):
@@ -131,7 +139,11 @@ class _Checkpoint(keras.callbacks.Callback):
         self.folder = folder and Path(folder)
         self.name = hashlib.sha256(key(job).encode()).hexdigest()[:16]
         self.losses = []
-        self.saved = time.monotonic()
+        self.earlier = 0.0  # seconds of training before the last resumption
+        self.started = self.saved = time.monotonic()
+
+    def seconds(self):
+        return self.earlier + time.monotonic() - self.started
 
     def restore(self, model):
         """Loads the last save, if there is one; returns the number of epochs that it had seen."""
@@ -139,7 +151,8 @@ class _Checkpoint(keras.callbacks.Callback):
         if epoch:
             model.optimizer.build(model.trainable_variables)
             model.load_weights(self.folder / f"{self.name}-{epoch}.weights.h5")
-            self.losses = json.loads((self.folder / f"{self.name}-{epoch}.json").read_text())
+            state = json.loads((self.folder / f"{self.name}-{epoch}.json").read_text())
+            self.losses, self.earlier = state["loss"], state["seconds"]
         return epoch
 
     def on_epoch_end(self, epoch, logs=None):
@@ -148,7 +161,7 @@ class _Checkpoint(keras.callbacks.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             old = self._files("*")
             stem = f"{self.name}-{len(self.losses)}"
-            (self.folder / f"{stem}.json").write_text(json.dumps(self.losses))
+            (self.folder / f"{stem}.json").write_text(json.dumps({"loss": self.losses, "seconds": self.seconds()}))
             temporary = self.folder / f"{self.name}.weights.h5"
             self.model.save_weights(temporary, overwrite=True)
             temporary.replace(self.folder / f"{stem}.weights.h5")
