@@ -67,6 +67,7 @@ def execute(job, folder=None):
         training. A run that was resumed gives the same as one that was not, except that dropout and the sampled softmax begin
         anew with their random numbers, and the latter with its counts.
     """
+    keras.backend.clear_session()  # a worker runs many jobs, and would keep the graphs of all
     protocol, system, seed = PROTOCOLS[job["protocol"]], {**SYSTEMS, **ABLATIONS}[job["method"]], job["seed"]
     dataset, split = split_for(job)
     settings = dict(job["settings"])
