@@ -26,9 +26,9 @@ def _logits_head(make_loss, classes, seed, l2, **settings):
     return keras.layers.Dense(classes, kernel_initializer=initializer, **regularizers), make_loss(seed=seed, **settings)
 
 
-def _dropmax_head(classes, seed, l2, **settings):
+def _dropmax_head(classes, seed, l2, head_class=DropMaxHead, **settings):
     # As in the authors' code, the retain branch is not decayed.
-    head = DropMaxHead(classes, seed=seed, kernel_regularizer=decay(l2), bias_regularizer=decay(l2), **settings)
+    head = head_class(classes, seed=seed, kernel_regularizer=decay(l2), bias_regularizer=decay(l2), **settings)
     return head, DropMaxLoss()
 
 
@@ -129,17 +129,11 @@ class AblatedHead(DropMaxHead):
         return scores if self.kl else scores - tf.math.log_sigmoid(retain_logits)
 
 
-def _ablated_head(classes, seed, l2, **settings):
-    head = AblatedHead(classes, seed=seed, kernel_regularizer=decay(l2), bias_regularizer=decay(l2), **settings)
-    return head, DropMaxLoss()
-
-
 def _ablation(masks, kl, entropy):
     settings = {"l2": 1e-4, "masks": masks, "kl": kl, "entropy_weight": float(entropy)}
     parts = [name for name, on in {"masks": masks, "kl": kl, "entropy": entropy}.items() if on]
-    return "+".join(parts) or "nothing", System(
-        _ablated_head, {key: _MODES[key] for key in ("(18)", "(16)", "(2)")}, [settings]
-    )
+    build = partial(_dropmax_head, head_class=AblatedHead)
+    return "+".join(parts) or "nothing", System(build, {key: _MODES[key] for key in ("(18)", "(16)", "(2)")}, [settings])
 
 
 # Every combination of the three parts of (15), at the settings of the authors' code, none of them searched.
