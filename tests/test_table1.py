@@ -105,7 +105,7 @@ def test_killed_and_resumed(tmp_path, whole_group):
 @pytest.mark.parametrize("method", SYSTEMS)
 def test_every_system_trains_and_is_measured(method):
     system = SYSTEMS[method]
-    result = train.execute({**JOB, "method": method, "settings": system.grid[2], "iterations": 120})
+    result = train.execute({**JOB, "method": method, "settings": {"l2": 1e-3, **system.options[-1]}, "iterations": 120})
     assert set(result["measures"]) == set(system.rows)
     assert result["loss"][-1] < result["loss"][0]
     for measures in result["measures"].values():
@@ -123,7 +123,7 @@ def test_ablated_heads(rng):
     features = rng.normal(size=(6, 3)).astype("float32")
     scores = {}
     for name, system in ABLATIONS.items():
-        settings = {key: value for key, value in system.grid[0].items() if key != "l2"}
+        (settings,) = system.options
         head = AblatedHead(4, seed=1, **settings)
         scores[name] = head(features, training=True).numpy()
         logits, retain_logits = features @ head.kernel.numpy(), features @ head.retain_kernel.numpy()
@@ -143,7 +143,7 @@ def test_ablated_heads(rng):
 
 
 def test_a_run_is_reproducible_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    job = {**JOB, "method": "label", "settings": SYSTEMS["label"].grid[0]}
+    job = {**JOB, "method": "label", "settings": {"l2": 1e-4, **SYSTEMS["label"].options[0]}}
     whole, again = train.execute(job), train.execute(job)
     assert whole["measures"] == again["measures"]
     assert len(whole["loss"]) == 4
@@ -180,12 +180,37 @@ def test_the_search_does_not_see_the_test_data(monkeypatch):
     assert train.execute(job)["measures"]["(2)"]["error %"] > 90
 
 
-def test_every_method_has_the_same_budget():
-    for system in SYSTEMS.values():
-        assert [settings["l2"] for settings in system.grid] == [1e-4, 1e-2, 1e-3, 0.0, 3e-3, 3e-4]
-    weights = [[settings["entropy_weight"] for settings in SYSTEMS[m].grid] for m in ("attention", "adaptive", "label")]
-    assert all(sorted(w) == [0.01, 0.1, 0.3, 1.0, 3.0, 10.0] for w in weights)
-    assert sorted(settings["sample_fraction"] for settings in SYSTEMS["sampled-learned"].grid) == [0.2, 0.2, 0.4, 0.4, 0.6, 0.6]
+def test_the_search(tmp_path, monkeypatch, capsys):
+    """Every method tries as many settings: weight decays first, then what is its own, at the best of these."""
+
+    def execute(job, folder):
+        settings = job["settings"]
+        error = abs(settings["l2"] - 1e-3) + abs(settings.get("entropy_weight", 0) - 10)
+        row = next(iter(SYSTEMS[job["method"]].rows))
+        return {"measures": {row: {"error %": error, "NLL": 0.0, "ECE %": 0.0}}, "seconds": 1.0, "steps": 1}
+
+    def run(execute, jobs, path, workers, console):
+        done.extend(job for job in jobs if job not in done)
+        return [{"job": job, "result": execute(job)} for job in jobs]
+
+    monkeypatch.setattr(train, "execute", execute)
+    monkeypatch.setattr(runner, "run", run)
+    for budget in range(1, 7):
+        done = []
+        table1.run("digits", "small", seeds=1, budget=budget, output=tmp_path / "results.jsonl")
+        for method, system in SYSTEMS.items():
+            tried = [job["settings"] for job in done if job["method"] == method and job["phase"] == "search"]
+            (final,) = [job["settings"] for job in done if job["method"] == method and job["phase"] == "final"]
+            assert len(tried) == (budget if budget > 1 else 0)
+            assert final in tried or budget == 1
+            own = {json.dumps({k: v for k, v in settings.items() if k != "l2"}) for settings in tried}
+            assert len(own) == min(len(system.options), 1 + budget // 2) or budget == 1
+            if budget == 6:
+                assert final["l2"] == 1e-3
+                assert final.get("entropy_weight") == {"label": 3.0, "attention": 10.0, "adaptive": 10.0}.get(method)
+    with pytest.raises(UserError, match="at most 6"):
+        table1.run("digits", "small", budget=7)
+    assert "+-" in capsys.readouterr().out
 
 
 def test_a_column_without_a_test_set_gets_one_that_no_search_sees(monkeypatch):

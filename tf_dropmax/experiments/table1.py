@@ -11,7 +11,7 @@ from scipy import stats
 
 from tf_dropmax.experiments import runner, train
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.systems import ABLATIONS, SYSTEMS
+from tf_dropmax.experiments.systems import ABLATIONS, DECAYS, SYSTEMS
 
 SEARCH_SEED = 1000  # of the splits, weights and masks while settings are searched; the final seeds count from 0
 
@@ -77,7 +77,9 @@ def run(
         seeds: Positive int, number of final runs of each method, seeds 0, 1, ... Defaults to 5.
         iterations: Positive int, training steps of a run, or `None`: as the protocol has it. Defaults to `None`.
         workers: Positive int, number of processes. Defaults to 2.
-        budget: Positive int, number of settings that are tried for each method, the first of its grid. Defaults to 6.
+        budget: Positive int, at most 6, number of settings that are tried for each method: up to half of it for what the
+            method has of its own, with the best weight decay; the rest before, for weight decays. With 1, nothing is
+            searched: each method takes its defaults, and the weight decay of the authors' code. Defaults to 6.
         weights: Path of a `.weights.h5` file from which the network, without its head, starts; or `None`: random weights.
             Defaults to `None`.
         output: Path of the results file, or `None`: `table1-COLUMN-PROTOCOL.jsonl`. Defaults to `None`.
@@ -92,6 +94,9 @@ def run(
     methods = list(dict.fromkeys(methods or systems))
     if not set(methods) <= set(systems):
         raise UserError(f"The methods are {', '.join(systems)}; received {', '.join(methods)}.")
+    if budget > len(DECAYS):
+        raise UserError(f"The budget is at most {len(DECAYS)}, so that all methods can use it; received {budget}.")
+    budget = 1 if ablation else budget  # the parts are compared at the same settings, those of the authors' code
     iterations = iterations or train.PROTOCOLS[protocol].iterations or train.COLUMNS[column].iterations
     output = Path(output or f"table1-{column}-{protocol}.jsonl")
     train.data.LOADERS[train.COLUMNS[column].dataset]()  # a missing file is found now, and not in every worker
@@ -106,14 +111,20 @@ def run(
     def job(method, settings, seed, phase):
         return {**same, "method": method, "settings": settings, "seed": seed, "phase": phase}
 
-    tried = {method: systems[method].grid[:budget] for method in methods}
-    chosen = {method: settings[0] for method, settings in tried.items() if len(settings) == 1}  # nothing to choose from
-    searched = [method for method in methods if method not in chosen]
-    searches = [job(method, settings, SEARCH_SEED, "search") for method in searched for settings in tried[method]]
-    records = runner.run(execute, searches, output, workers, console)
-    for method in searched:
-        mine = [record for record in records if record["job"]["method"] == method]
-        chosen[method] = min(mine, key=_validation)["job"]["settings"]
+    def search(settings):
+        """Tries lists of settings, by method; returns the best of each."""
+        jobs = [job(method, each, SEARCH_SEED, "search") for method, tried in settings.items() for each in tried]
+        records = runner.run(execute, jobs, output, workers, console)
+        mine = {method: [record for record in records if record["job"]["method"] == method] for method in settings}
+        return {method: min(mine[method], key=_validation)["job"]["settings"] for method in settings}
+
+    chosen = {method: {"l2": DECAYS[0], **systems[method].options[0]} for method in methods}
+    if budget > 1:
+        others = {method: systems[method].options[1:][: budget // 2] for method in methods}
+        decays = {method: DECAYS[: budget - len(others[method])] for method in methods}
+        chosen = search({method: [{**chosen[method], "l2": l2} for l2 in decays[method]] for method in methods})
+        best = {method: [chosen[method], *({**chosen[method], **other} for other in others[method])] for method in methods}
+        chosen = search(best)
     finals = [job(method, chosen[method], seed, "final") for seed in range(seeds) for method in methods]
     records = runner.run(execute, finals, output, workers, console)
     console.print(_table(column, protocol, iterations, seeds, records, chosen))
