@@ -5,8 +5,9 @@ version). Throughout, `logits` are `o = W h + b`, `retain_logits` are `r = V h +
 `rho = sigmoid(r)` (4), and `T`, the number of classes, is the size of the last axis.
 
 Every function takes any leading shape, computes in float64 if its inputs are and else in float32, and stays finite,
-gradients included, for any finite input: magnitudes beyond 1e37 are treated as 1e37. An input that is not finite gives NaN.
-The paper's epsilon is taken to its limit 0, so that a softmax that loses every class to its masks is uniform.
+gradients included, for any finite input: magnitudes beyond 1e37 are treated as 1e37. A NaN or a logit of
+plus infinity gives NaN; what else is infinite gives NaN or, where there is one, the limit. The paper's epsilon is taken to
+its limit 0, so that a softmax that loses every class to its masks is uniform.
 """
 
 import numpy as np
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 _LIMIT = 1e37  # larger magnitudes are clipped: sums of three still fit into float32
 _DROPPED = -3e38  # stands for log 0 beside clipped logits, in float32 too
+_DROPPED_MASK = -80.0  # mask logits count as no less: what exp(-80) of a class weighs is as good as nothing
 _SAMPLE_STRIDE = 1640531527  # odd, so that the seeds of successive draws never meet
 
 
@@ -62,10 +64,10 @@ def mask_logits(retain_logits, uniform, temperature=0.1):
     >>> x.numpy().tolist()
     [0.0, 4.0]
     """
-    retain_logits = _clip(retain_logits)
-    uniform = tf.convert_to_tensor(uniform, dtype=retain_logits.dtype)
-    noise = tf.math.log(uniform / (1 - uniform))
-    return tf.clip_by_value((retain_logits + noise) / tf.cast(temperature, retain_logits.dtype), -_LIMIT, _LIMIT)
+    retain_logits = _float(retain_logits)
+    uniform = tf.cast(uniform, retain_logits.dtype)
+    temperature = tf.convert_to_tensor(temperature, dtype_hint=retain_logits.dtype)
+    return (retain_logits + tf.math.log(uniform / (1 - uniform))) * (1 / tf.cast(temperature, retain_logits.dtype))
 
 
 def relaxed_masks(retain_logits, uniform, temperature=0.1):
@@ -124,9 +126,26 @@ def entropy(retain_logits):
     >>> h.numpy().round(4)
     array([0.6931, 0.    ], dtype=float32)
     """
-    magnitude = tf.abs(_clip(retain_logits))
+    return _entropy(_float(retain_logits))
+
+
+@tf.custom_gradient
+def _entropy(retain_logits):
+    magnitude = tf.abs(retain_logits)
     odds = tf.exp(-magnitude)
-    return tf.math.log1p(odds) + magnitude * odds / (1 + odds)
+    value = tf.math.log1p(odds) + magnitude * (odds / (1 + odds))
+    return value, lambda upstream: upstream * (0.25 * retain_logits) * (tf.square(_balance(retain_logits)) - 1)
+
+
+@tf.custom_gradient
+def _log_sigmoid(x):
+    value = tf.maximum(tf.minimum(x, 0), -_LIMIT) - tf.math.log1p(tf.exp(-tf.abs(x)))
+    return value, lambda upstream: upstream * (0.5 - 0.5 * _balance(x))
+
+
+def _balance(x):
+    """`rho - (1 - rho)` of retain logits."""
+    return tf.tanh(0.5 * x)
 
 
 def target_log_likelihood(logits, mask_logits):
@@ -148,28 +167,31 @@ def target_log_likelihood(logits, mask_logits):
     >>> tf.exp(tf_dropmax.functional.target_log_likelihood([0.0, 0.0], masks)).numpy().round(4).tolist()
     [1.0, 0.5]
     """
-    return _target_log_likelihood(_relative(logits), _clip(mask_logits))
+    return _target_log_likelihood(_float(logits), _float(mask_logits))
 
 
 @tf.custom_gradient
 def _target_log_likelihood(logits, mask_logits):
-    tail = tf.math.log1p(tf.exp(-tf.abs(mask_logits)))
-    log_keep = tf.minimum(mask_logits, 0) - tail  # log z
-    log_drop = -tf.maximum(mask_logits, 0) - tail  # log (1 - z)
-    retained = logits + log_keep
-    log_sum = tf.reduce_logsumexp(retained, axis=-1, keepdims=True)  # log S
-    excess = logits - log_sum
-    log_odds = excess + log_drop  # of the target's own missing weight (1 - z_k) w_k against S
-    # -log(exp(-excess) + 1 - z), by the larger of the two terms.
-    value = tf.minimum(excess, -log_drop) - tf.math.log1p(tf.exp(-tf.abs(log_odds)))
+    relative = tf.maximum(logits - tf.reduce_max(logits, axis=-1, keepdims=True), -_LIMIT)
+    mask_logits = tf.maximum(mask_logits, _DROPPED_MASK)
+    # log z is min(mask_logits, 0) but for a log 2 at most. So in units of exp(scale) the sum S is between 1/2 and T, and no
+    # weight more than exp(-_DROPPED_MASK).
+    scale = tf.reduce_max(relative + tf.minimum(mask_logits, 0), axis=-1, keepdims=True)
+    relative = relative - scale
+    weights = tf.exp(relative)
+    kept = weights * tf.sigmoid(mask_logits)  # z w
+    dropped = weights - kept  # (1 - z) w, rounded; it always stands beside a sum that has z w in it
+    denominators = dropped + tf.reduce_sum(kept, axis=-1, keepdims=True)
 
     def gradient(upstream):
-        share = tf.exp(retained - log_sum)  # z_j w_j / S
-        pull = upstream * tf.sigmoid(-log_odds)  # g_k S / D_k
+        pull = upstream / denominators
         total = tf.reduce_sum(pull, axis=-1, keepdims=True)
-        return pull - share * total, tf.exp(log_drop) * share * (pull - total)
+        # 1 - z is computed from the mask logits anew: if these had no second use, XLA would draw the uniform numbers behind
+        # them in the midst of another loop, at several times the cost.
+        by_masks = kept * tf.sigmoid(-mask_logits) * (pull - total)
+        return upstream - dropped * pull - kept * total, by_masks
 
-    return value, gradient
+    return relative - tf.math.log(denominators), gradient
 
 
 def scores(logits, retain_logits, mask_logits, entropy_weight=1.0):
@@ -197,8 +219,8 @@ def scores(logits, retain_logits, mask_logits, entropy_weight=1.0):
     >>> objective.shape
     TensorShape([1])
     """
-    retain_logits = _clip(retain_logits)
-    prior = tf.math.log_sigmoid(retain_logits) - entropy_weight * entropy(retain_logits)
+    retain_logits = _float(retain_logits)
+    prior = _log_sigmoid(retain_logits) - entropy_weight * _entropy(retain_logits)
     return prior + target_log_likelihood(logits, mask_logits)
 
 
@@ -249,12 +271,12 @@ def posterior_scores(logits, retain_logits, auxiliary_logits, mask_logits, auxil
     # Sums over classes, times the weight, must stay finite: a narrower range than elsewhere.
     retain_logits, auxiliary_logits = (tf.clip_by_value(_clip(x), -1e28, 1e28) for x in (retain_logits, auxiliary_logits))
     posterior = posterior_logits(retain_logits, auxiliary_logits)
-    log_prior, log_posterior = tf.math.log_sigmoid(retain_logits), tf.math.log_sigmoid(posterior)
+    log_prior, log_posterior = _log_sigmoid(retain_logits), _log_sigmoid(posterior)
     # log(1 - q) = log q - c; written so that neither term loses its digits where q is close to 0 or 1.
     kl = tf.sigmoid(posterior) * (log_posterior - log_prior)
-    kl += tf.sigmoid(-posterior) * (tf.math.log_sigmoid(-posterior) - tf.math.log_sigmoid(-retain_logits))
+    kl += tf.sigmoid(-posterior) * (_log_sigmoid(-posterior) - _log_sigmoid(-retain_logits))
     target = log_prior + kl + auxiliary_weight * auxiliary_logits  # what a target has in place of what it has in the sum
-    every = auxiliary_weight * tf.math.log_sigmoid(-auxiliary_logits) - kl
+    every = auxiliary_weight * _log_sigmoid(-auxiliary_logits) - kl
     return target_log_likelihood(logits, mask_logits) + target + tf.reduce_sum(every, axis=-1, keepdims=True)
 
 
@@ -291,7 +313,19 @@ def expected(logits, retain_logits):
     >>> tf.exp(log_p).numpy().round(4)
     array([0.6667, 0.3333], dtype=float32)
     """
-    return tf.nn.log_softmax(_relative(logits) + tf.math.log_sigmoid(_clip(retain_logits)))
+    return _expected(*_broadcast(_float(logits), _float(retain_logits)))
+
+
+@tf.custom_gradient
+def _expected(logits, retain_logits):
+    relative = tf.maximum(logits - tf.reduce_max(logits, axis=-1, keepdims=True), -_LIMIT)
+    log_p = tf.nn.log_softmax(relative + _log_sigmoid(retain_logits))
+
+    def gradient(upstream):
+        by_logits = upstream - tf.exp(log_p) * tf.reduce_sum(upstream, axis=-1, keepdims=True)
+        return by_logits, by_logits * (0.5 - 0.5 * _balance(retain_logits))
+
+    return log_p, gradient
 
 
 def sampled(logits, retain_logits, samples=30, seed=(0, 0)):
@@ -316,7 +350,7 @@ def sampled(logits, retain_logits, samples=30, seed=(0, 0)):
     >>> bool(log_p[0] > log_p[1])
     True
     """
-    logits, retain_logits = _broadcast(logits, retain_logits)
+    logits, retain_logits = _broadcast(_clip(logits), _clip(retain_logits))
     seed = tf.cast(seed, tf.int64)
 
     def mean_over_masks(term):
@@ -384,7 +418,7 @@ def exact(logits, retain_logits):
     >>> tf.exp(log_p).numpy().round(4).tolist()
     [0.5, 0.5]
     """
-    logits, retain_logits = _broadcast(logits, retain_logits)
+    logits, retain_logits = _broadcast(_clip(logits), _clip(retain_logits))
     shape, classes = tf.shape(logits), logits.shape[-1]
     rows = [tf.reshape(x, (-1, shape[-1] if classes is None else classes)) for x in (logits, retain_logits)]
     # A row with a NaN must not touch the others, with which it shares the nodes.
@@ -397,7 +431,7 @@ def exact(logits, retain_logits):
 
 
 def _jensen_bound(logits, retain_logits):
-    return tf.math.log_sigmoid(retain_logits) + target_log_likelihood(logits, retain_logits)
+    return _log_sigmoid(retain_logits) + target_log_likelihood(logits, retain_logits)
 
 
 @tf.custom_gradient
@@ -410,8 +444,8 @@ def _log_quadrature(logits, retain_logits):
     tiny = _tiny(logits)
 
     relative = _narrow(logits)
-    log_retain = tf.math.log_sigmoid(retain_logits)
-    log_drop = tf.math.log_sigmoid(-retain_logits)
+    log_retain = _log_sigmoid(retain_logits)
+    log_drop = _log_sigmoid(-retain_logits)
     retain, drop = tf.exp(log_retain), tf.exp(log_drop)
     # Below `first` the integrals hold less than `lower_mass`, as 1 - prod phi <= s sum rho w.
     first = tf.math.log(tf.constant(lower_mass, logits.dtype))
@@ -475,11 +509,15 @@ def _narrow(logits):
     return tf.cond(tf.reduce_min(relative) < -60.0, cap, lambda: relative)
 
 
+def _float(x):
+    """An argument as float32 or float64."""
+    x = tf.convert_to_tensor(x)
+    return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+
+
 def _clip(x):
     """An argument as float32 or float64, in the range that is safe; what is not finite becomes NaN."""
-    x = tf.convert_to_tensor(x)
-    if x.dtype != tf.float64:
-        x = tf.cast(x, tf.float32)
+    x = _float(x)
     return tf.where(tf.math.is_finite(x), tf.clip_by_value(x, -_LIMIT, _LIMIT), tf.constant(np.nan, x.dtype))
 
 
@@ -595,7 +633,9 @@ def _relative(logits):
 
 
 def _broadcast(logits, retain_logits):
-    logits, retain_logits = _clip(logits), _clip(retain_logits)
+    """Both in the shape that they have together; nothing is done to those that have the same."""
+    if logits.shape.rank is not None and logits.shape == retain_logits.shape:
+        return logits, retain_logits
     return logits + tf.zeros_like(retain_logits), retain_logits + tf.zeros_like(logits)
 
 
