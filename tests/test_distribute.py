@@ -1,10 +1,18 @@
-"""tf.distribute.MirroredStrategy over two logical CPUs (see conftest.py)."""
+"""tf.distribute.MirroredStrategy over two logical CPUs (see conftest.py); several processes on loopback (see workers.py)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import tf_dropmax
 from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, functional
 from tf_dropmax.seeds import next_seed
 
@@ -81,3 +89,98 @@ def test_fit_evaluate_predict_in_all_modes(strategy, blobs):
     p = np.exp(model.predict(x, callbacks=[DropMaxPredict("sampled", samples=200)], verbose=0))
     np.testing.assert_allclose(p, np.exp(single.predict(x, callbacks=[DropMaxPredict("exact")], verbose=0)), atol=0.25)
     assert np.mean(p.argmax(-1) != y) < 0.1
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def start():
+    """Starts a program of workers.py; none outlives the test."""
+    processes = []
+
+    def start(program, folder, **environment):
+        command = [sys.executable, str(Path(__file__).parent / "workers.py"), program, str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def start_workers(start, folder):
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    configs = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}} for index in (0, 1)]
+    return [start("multi_worker", folder, TF_CONFIG=json.dumps(config)) for config in configs]
+
+
+def succeed(*processes):
+    for process in processes:
+        said = process.communicate(timeout=180)[1]
+        assert process.returncode == 0, said
+
+
+def results(folder):
+    return [json.loads((folder / f"result-{index}.json").read_text()) for index in (0, 1)]
+
+
+def test_two_workers_are_one_process_on_the_joined_batch_and_survive_a_loss(tmp_path, start):
+    for name in ("single", "whole", "lost"):
+        (tmp_path / name).mkdir()
+    succeed(start("multi_worker", tmp_path / "single"), *start_workers(start, tmp_path / "whole"))
+    single = json.loads((tmp_path / "single" / "result-0.json").read_text())
+    one, other = results(tmp_path / "whole")
+    assert one == other  # weights and history, to the last digit
+    assert one["deterministic"]["rows"] == 64
+    for key, values in single["deterministic"]["history"].items():
+        np.testing.assert_allclose(one["deterministic"]["history"][key], values, rtol=1e-4)
+    for weight, expected in zip(one["deterministic"]["weights"], single["deterministic"]["weights"], strict=True):
+        np.testing.assert_allclose(weight, expected, atol=1e-5)
+    assert one["stochastic"]["history"]["loss"] != single["stochastic"]["history"]["loss"]  # masks of their own
+    assert one["stochastic"]["history"]["val_accuracy"][-1] > 0.8
+
+    (tmp_path / "lost" / "kill-1").touch()
+    survivor, lost = start_workers(start, tmp_path / "lost")
+    assert lost.wait(timeout=180) == -9
+    survivor.communicate(timeout=180)
+    assert survivor.returncode != 0, "a worker alone must not go on as if nothing had happened"
+    succeed(*start_workers(start, tmp_path / "lost"))
+    again, _ = results(tmp_path / "lost")
+    assert again["deterministic"]["steps"] == 24
+    for weight, expected in zip(again["deterministic"]["weights"], one["deterministic"]["weights"], strict=True):
+        np.testing.assert_allclose(weight, expected, atol=1e-6)
+
+
+def test_multi_worker_leaves_everything_as_it_was(strategy):
+    with strategy.scope():
+        model = build()
+    before = dict(vars(model))
+    with tf_dropmax.multi_worker(model) as same:
+        assert same is model
+    assert vars(model) == before
+    with pytest.raises(ValueError, match="Expected a Keras model"), tf_dropmax.multi_worker("model"):
+        pass
+
+
+def test_keras_tuner_over_two_workers(tmp_path, start):
+    (port,) = free_ports(1)
+    oracle = {"KERASTUNER_ORACLE_IP": "127.0.0.1", "KERASTUNER_ORACLE_PORT": str(port)}
+    start("tuner", tmp_path, KERASTUNER_TUNER_ID="chief", **oracle)
+    succeed(*(start("tuner", tmp_path, KERASTUNER_TUNER_ID=name, **oracle) for name in ("one", "two")))
+    trials = [json.loads(path.read_text()) for path in (tmp_path / "search").glob("trial_*/trial.json")]
+    assert len(trials) == 6
+    assert all(trial["status"] == "COMPLETED" for trial in trials)
+    values = [trial["hyperparameters"]["values"]["entropy_weight"] for trial in trials]
+    assert len(set(values)) == 6
+    best = [json.loads((tmp_path / f"best-{name}.json").read_text()) for name in ("one", "two")]
+    assert set(best) <= set(values)

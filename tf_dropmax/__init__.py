@@ -2,6 +2,7 @@
 
 from tf_dropmax import functional
 from tf_dropmax.callbacks import DropMaxPredict, predict_mode
+from tf_dropmax.distribute import multi_worker
 from tf_dropmax.functional import sparsemax
 from tf_dropmax.head import DropMaxHead
 from tf_dropmax.losses import DropMaxLoss, SampledSoftmaxLoss, SparsemaxLoss
@@ -15,6 +16,7 @@ __all__ = [
     "SampledSoftmaxLoss",
     "SparsemaxLoss",
     "functional",
+    "multi_worker",
     "predict_mode",
     "sparsemax",
 ]

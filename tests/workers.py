@@ -1,0 +1,81 @@
+"""Programs that the tests start in processes of their own: `python workers.py PROGRAM FOLDER`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import keras
+import keras_tuner
+import numpy as np
+import tensorflow as tf
+
+import tf_dropmax
+
+FOLDER = Path(sys.argv[2])
+
+
+def data():
+    draw = np.random.default_rng(0)
+    centres = 3 * draw.normal(size=(3, 5))
+    y = draw.integers(3, size=64)
+    return (centres[y] + draw.normal(size=(64, 5))).astype("float32"), y
+
+
+def model(**kwargs):
+    model = keras.Sequential([keras.Input((5,)), tf_dropmax.DropMaxHead(3, seed=1, **kwargs)])
+    model.compile(keras.optimizers.Adam(0.01), tf_dropmax.DropMaxLoss(), metrics=["accuracy"])
+    return model
+
+
+def multi_worker():
+    """Trains the head with and without masks; ends itself in the midst of an epoch if there is a file `kill-INDEX`."""
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"] if "TF_CONFIG" in os.environ else 0
+    strategy = tf.distribute.MultiWorkerMirroredStrategy() if "TF_CONFIG" in os.environ else tf.distribute.get_strategy()
+    batches = tf.data.Dataset.from_tensor_slices(data()).batch(16)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    batches = batches.with_options(options)
+    result = {}
+    for name, stochastic in (("deterministic", False), ("stochastic", True)):
+        with strategy.scope():
+            head = model(stochastic=stochastic)
+
+        def end(batch, logs, index=index, head=head):
+            kill = FOLDER / f"kill-{index}"
+            if kill.exists() and int(head.optimizer.iterations.numpy()) == 10:  # the third epoch of 4 steps
+                kill.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        callbacks = [
+            keras.callbacks.LambdaCallback(on_train_batch_end=end),
+            keras.callbacks.BackupAndRestore(FOLDER / f"{name}-{index}", double_checkpoint=True),
+        ]
+        with tf_dropmax.multi_worker(head):
+            history = head.fit(batches, epochs=6, validation_data=batches, verbose=0, callbacks=callbacks).history
+            p = np.exp(head.predict(batches, verbose=0))
+        result[name] = {
+            "history": history,
+            "weights": [weight.tolist() for weight in head.get_weights()],
+            "steps": int(head.optimizer.iterations.numpy()),
+            "rows": len(p),
+        }
+    (FOLDER / f"result-{index}.json").write_text(json.dumps(result))
+
+
+def tuner():
+    """One process of a distributed search for lambda; the environment says which."""
+    (x, y), name = data(), os.environ["KERASTUNER_TUNER_ID"]
+
+    def build(hp):
+        return model(entropy_weight=hp.Float("entropy_weight", 0.01, 10.0, sampling="log"))
+
+    search = keras_tuner.RandomSearch(build, "val_accuracy", max_trials=6, seed=1, directory=FOLDER, project_name="search")
+    search.search(x[:48], y[:48], validation_data=(x[48:], y[48:]), epochs=2, verbose=0)
+    best = search.get_best_hyperparameters()[0].get("entropy_weight")
+    (FOLDER / f"best-{name}.json").write_text(json.dumps(best))
+
+
+if __name__ == "__main__":
+    {"multi_worker": multi_worker, "tuner": tuner}[sys.argv[1]]()
