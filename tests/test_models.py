@@ -303,3 +303,38 @@ def test_entropy_of_functional_is_what_the_head_adds(blobs):
     assert model.losses[0].numpy() == pytest.approx(-2 * float(tf.reduce_mean(tf.reduce_sum(entropy, -1))), rel=1e-4)
     model(x)
     assert model.losses == []
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_compiled_model_follows_the_settings_of_training(blobs, jit_compile):
+    """Losses of the next step, from the same weights and masks, with the settings set and with a head built with them."""
+    x, y = blobs
+    settings = [{}, {"entropy_weight": 0.25}, {"temperature": 0.7}, {"entropy_weight": 0.0, "temperature": 2.0}]
+    model = sequential(seed=0)
+    model.compile(keras.optimizers.SGD(0.0), DropMaxLoss(), jit_compile=jit_compile)
+    head, losses, traces, traced = model.layers[-1], [], [], []
+    call = head.call
+    head.call = lambda *args, **kwargs: traces.append(1) or call(*args, **kwargs)
+    weights, steps = model.get_weights(), head._train_seeds.state.numpy()
+    for setting in settings:
+        head.entropy_weight, head.temperature = setting.get("entropy_weight", 1.0), setting.get("temperature", 0.1)
+        head._train_seeds.state.assign(steps)
+        losses.append(model.fit(x, y, batch_size=160, shuffle=False, verbose=0).history["loss"][0])
+        traced.append(len(traces))
+    assert len(set(traced)) == 1
+    assert head.get_config()["temperature"] == 2.0
+    assert head.get_config()["entropy_weight"] == 0.0
+    for setting, loss in zip(settings, losses, strict=True):
+        fresh = sequential(seed=0, **setting)
+        fresh.set_weights(weights)
+        fresh.compile(keras.optimizers.SGD(0.0), DropMaxLoss(), jit_compile=jit_compile)
+        assert fresh.fit(x, y, batch_size=160, shuffle=False, verbose=0).history["loss"][0] == pytest.approx(loss, rel=1e-5)
+    assert len(set(np.round(losses, 3))) == len(settings)
+
+
+@pytest.mark.parametrize(("name", "value"), [("entropy_weight", -1.0), ("entropy_weight", np.nan), ("temperature", 0)])
+def test_a_wrong_setting_leaves_the_head_as_it_was(name, value):
+    head = DropMaxHead(3, entropy_weight=0.3, temperature=0.2)
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        setattr(head, name, value)
+    assert (head.entropy_weight, head.temperature) == (0.3, 0.2)

@@ -298,9 +298,30 @@ def test_omniglot_has_a_test_set_of_its_own(tmp_path, monkeypatch):
     assert numbers(search.test[0]) == test
     assert numbers(final.train[0]) == set(number) - test
     assert not numbers(search.validation[0]) & (test | numbers(search.train[0]))
+
+    turned = data.omniglot968()
+    assert turned.classes == 968
+    np.testing.assert_array_equal(np.bincount(turned.y_test), np.full(968, 5))
+    for turn, corners in enumerate([((0, 0), (0, 1)), ((-1, 0), (-2, 0)), ((-1, -1), (-1, -2)), ((0, -1), (1, -1))]):
+        (low, high), images = corners, np.round(255 * turned.x_test[turned.y_test // 242 == turn])
+        found = (images[:, low[0], low[1], 0] + 256 * images[:, high[0], high[1], 0]).astype(int)
+        assert set(found) == test  # the drawings that test are the same, however turned
+        np.testing.assert_array_equal(found // 20, turned.y_test[turned.y_test // 242 == turn] % 242)
+
     np.savez_compressed(tmp_path / "omniglot242.npz", x=x[:100], y=number[:100] // 20)
     with pytest.raises(UserError, match="242 classes of 20 images"):
         data.omniglot242()
+
+
+def test_fours_and_nines(tmp_path, monkeypatch):
+    y = np.arange(60) % 10
+    x = np.broadcast_to(y[:, None, None], (60, 28, 28)).astype("uint8")
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    monkeypatch.setenv("TF_DROPMAX_DATA", str(tmp_path))
+    dataset = data.mnist49()
+    assert (len(dataset.y), len(dataset.y_test), dataset.classes) == (12, 4, 2)
+    for images, labels in [(dataset.x, dataset.y), (dataset.x_test, dataset.y_test)]:
+        np.testing.assert_array_equal(np.round(255 * images[:, 0, 0, 0]), np.where(labels == 1, 9, 4))
 
 
 def test_a_split_without_a_number_takes_everything():

@@ -146,8 +146,6 @@ class DropMaxHead(keras.layers.Layer):
         self.auxiliary_weight = check_weight("auxiliary_weight", auxiliary_weight)
         self.retain_probability = retain_probability
         self.stochastic = check_boolean("stochastic", stochastic)
-        self.temperature = check_number("temperature", temperature, "a finite float > 0", lambda x: 0 < x < math.inf)
-        self.entropy_weight = check_weight("entropy_weight", entropy_weight)
         self.use_bias = check_boolean("use_bias", use_bias)
         self.seed = check_seed(seed)
         self.kernel_initializer = _initializer(kernel_initializer, self.seed, 0)
@@ -168,12 +166,32 @@ class DropMaxHead(keras.layers.Layer):
         # Two streams of masks, so that a prediction never changes the course of training.
         self._train_seeds = keras.random.SeedGenerator(None if seed is None else self.seed % 2**62)
         self._predict_seeds = keras.random.SeedGenerator(None if seed is None else (self.seed + 1) % 2**62)
-        # The mode and the number of samples are read in the graph, so that a compiled function sees them change. Not a
-        # weight: a file of weights does not depend on it, and `weights` are what `Dense` would have.
-        setting = _predict_setting(predict_mode, predict_samples)
+        # What may be set at any time is read in the graph, so that a compiled function sees it change. Not weights: a file of
+        # weights does not depend on them, and `weights` are what `Dense` would have.
+        train, predict = _train_setting(entropy_weight, temperature), _predict_setting(predict_mode, predict_samples)
         with tf.init_scope():
-            # 64 bits: TensorFlow keeps 32-bit integer variables in host memory, where XLA on a GPU cannot read them.
-            self._predict_state = tf.Variable(setting, dtype=tf.int64, trainable=False, name="predict_state")
+            # 64 bits: TensorFlow keeps 32-bit integer variables in host memory, where XLA on a GPU cannot read them; and a
+            # float is then exactly what was set.
+            self._train_state = tf.Variable(train, dtype=tf.float64, trainable=False, name="train_state")
+            self._predict_state = tf.Variable(predict, dtype=tf.int64, trainable=False, name="predict_state")
+
+    @property
+    def entropy_weight(self):
+        """Weight of the entropy regulariser (14), the paper's lambda, a float. Can be set."""
+        return _read(self._train_state)[0]
+
+    @entropy_weight.setter
+    def entropy_weight(self, entropy_weight):
+        self._train_state.assign(_train_setting(entropy_weight, self.temperature))
+
+    @property
+    def temperature(self):
+        """Temperature of the relaxed masks (6), a float. Can be set."""
+        return _read(self._train_state)[1]
+
+    @temperature.setter
+    def temperature(self, temperature):
+        self._train_state.assign(_train_setting(self.entropy_weight, temperature))
 
     @property
     def predict_mode(self):
@@ -194,8 +212,7 @@ class DropMaxHead(keras.layers.Layer):
         self._set_predict_setting(self.predict_mode, samples)
 
     def _get_predict_setting(self):
-        with tf.init_scope():
-            index, samples = self._predict_state.numpy().tolist()
+        index, samples = _read(self._predict_state)
         return PREDICT_MODES[index], samples
 
     def _set_predict_setting(self, mode, samples):
@@ -318,16 +335,17 @@ class DropMaxHead(keras.layers.Layer):
             masks = functional.bernoulli_mask_logits(self.retain_probability, uniform)
             return functional.target_log_likelihood(logits, masks)
         retain_logits = self._retain_logits(features, logits)
+        entropy_weight, temperature = tf.unstack(tf.cast(self._train_state, logits.dtype))
         entropy = functional.entropy(retain_logits)
-        self.add_loss(-self.entropy_weight * _masked_mean(tf.reduce_sum(entropy, axis=-1), mask))
+        self.add_loss(-entropy_weight * _masked_mean(tf.reduce_sum(entropy, axis=-1), mask))
         if not self.stochastic:
-            return functional.expected(logits, retain_logits) - self.entropy_weight * entropy
+            return functional.expected(logits, retain_logits) - entropy_weight * entropy
         if self.posterior == "prior":
-            masks = functional.mask_logits(retain_logits, uniform, self.temperature)
-            return functional.scores(logits, retain_logits, masks, self.entropy_weight)
+            masks = functional.mask_logits(retain_logits, uniform, temperature)
+            return functional.scores(logits, retain_logits, masks, entropy_weight)
         auxiliary_logits = self._branch(features, self.auxiliary_kernel, self.auxiliary_bias)
         posterior_logits = functional.posterior_logits(retain_logits, auxiliary_logits)
-        masks = functional.mask_logits(posterior_logits, uniform, self.temperature)
+        masks = functional.mask_logits(posterior_logits, uniform, temperature)
         return functional.posterior_scores(logits, retain_logits, auxiliary_logits, masks, self.auxiliary_weight)
 
     def _log_probabilities(self, logits, retain_logits):
@@ -450,8 +468,19 @@ class DropMaxHead(keras.layers.Layer):
         return {**super().get_config(), **config}
 
 
+def _read(variable):
+    with tf.init_scope():
+        return variable.numpy().tolist()
+
+
+def _train_setting(entropy_weight, temperature):
+    """What the variable of training holds."""
+    entropy_weight = check_weight("entropy_weight", entropy_weight)
+    return [entropy_weight, check_number("temperature", temperature, "a finite float > 0", lambda x: 0 < x < math.inf)]
+
+
 def _predict_setting(mode, samples):
-    """What the variable holds."""
+    """What the variable of prediction holds."""
     mode = check_one_of("predict_mode", mode, PREDICT_MODES)
     return [PREDICT_MODES.index(mode), check_positive_int("predict_samples", samples)]
 

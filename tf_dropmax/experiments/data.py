@@ -82,6 +82,29 @@ def omniglot242():
     return hold_out(Dataset(_images(x), y.astype("int64")), 5)
 
 
+def omniglot968():
+    """Omniglot-242 and its characters turned by 90, 180 and 270 degrees, as classes of their own: 968 classes."""
+    dataset = omniglot242()
+
+    def turned(x, y):
+        return np.concatenate([np.rot90(x, turn, axes=(1, 2)) for turn in range(4)]), np.concatenate(
+            [y + turn * dataset.classes for turn in range(4)]
+        )
+
+    return Dataset(*turned(dataset.x, dataset.y), *turned(dataset.x_test, dataset.y_test))
+
+
+def mnist49():
+    """The fours and nines of MNIST, its two classes that are most alike: 2 classes."""
+    dataset = mnist()
+
+    def chosen(x, y):
+        kept = np.isin(y, (4, 9))
+        return x[kept], (y[kept] == 9).astype("int64")
+
+    return Dataset(*chosen(dataset.x, dataset.y), *chosen(dataset.x_test, dataset.y_test))
+
+
 def hold_out(dataset, per_class):
     """Turns some images of each class, always the same, into the test set."""
     order = np.random.default_rng(0).permutation(len(dataset.y))
@@ -182,7 +205,16 @@ def awa2():
     return hold_out(dataset, int(np.bincount(dataset.y).min()) // 5)
 
 
-LOADERS = {"digits": digits, "mnist": mnist, "omniglot242": omniglot242, "cifar10": cifar10, "cifar100": cifar100, "awa2": awa2}
+LOADERS = {
+    "digits": digits,
+    "mnist": mnist,
+    "mnist49": mnist49,
+    "omniglot242": omniglot242,
+    "omniglot968": omniglot968,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "awa2": awa2,
+}
 
 
 def find(name):
