@@ -19,7 +19,7 @@ from tf_dropmax import DropMaxHead
 from tf_dropmax.experiments import data, runner, table1, train
 from tf_dropmax.experiments.__main__ import main
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.systems import ABLATIONS, SYSTEMS, AblatedHead
+from tf_dropmax.experiments.systems import ABLATIONS, PEERS, SYSTEMS
 
 JOB = {"column": "digits", "protocol": "small", "iterations": 24, "seed": 0, "phase": "final"}
 
@@ -102,9 +102,9 @@ def test_killed_and_resumed(tmp_path, whole_group):
     assert sorted(json.loads(line)["result"]["y"] for line in lines(path)) == list(range(12))
 
 
-@pytest.mark.parametrize("method", SYSTEMS)
+@pytest.mark.parametrize("method", {**SYSTEMS, **PEERS})
 def test_every_system_trains_and_is_measured(method):
-    system = SYSTEMS[method]
+    system = {**SYSTEMS, **PEERS}[method]
     result = train.execute({**JOB, "method": method, "settings": {"l2": 1e-3, **system.options[-1]}, "iterations": 120})
     assert set(result["measures"]) == set(system.rows)
     assert result["loss"][-1] < result["loss"][0]
@@ -123,13 +123,14 @@ def test_ablated_heads(rng):
     features = rng.normal(size=(6, 3)).astype("float32")
     scores = {}
     for name, system in ABLATIONS.items():
-        (settings,) = system.options
-        head = AblatedHead(4, seed=1, **settings)
+        settings = system.options[0]
+        head, _ = system.build(4, 1, 0.0, **settings)
+        assert head.get_config()["predict_mode"] == ("softmax" if name == "softmax, entropy" else "expected")
         scores[name] = head(features, training=True).numpy()
         logits, retain_logits = features @ head.kernel.numpy(), features @ head.retain_kernel.numpy()
         expected = -settings["entropy_weight"] * entropy(retain_logits).sum(-1).mean()
         assert float(head.losses[0]) == pytest.approx(expected, rel=1e-4)
-    assert len(scores) == 8
+    assert len(scores) == 9
     plain = DropMaxHead(4, seed=1)(features, training=True).numpy()
     np.testing.assert_array_equal(scores["masks+kl+entropy"], plain)
     rho = oracles.sigmoid(retain_logits)
@@ -140,6 +141,7 @@ def test_ablated_heads(rng):
         others = np.arange(4) != k
         expected = np.log(w[:, k] / (w[:, k] + (rho * w)[:, others].sum(-1)))
         np.testing.assert_allclose(scores["nothing"][:, k], expected, atol=1e-5)
+    np.testing.assert_allclose(scores["softmax, entropy"], np.log(w / w.sum(-1, keepdims=True)), atol=1e-5)
 
 
 def test_a_run_is_reproducible_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
@@ -265,14 +267,17 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
         "small",
         "--iterations",
         "12",
-        "--ablation",
+        "--systems",
+        "parts",
+        "--budget",
+        "1",
         "--methods",
         "kl",
         "masks",
     ]
     assert main([*command, "--seeds", "1", "--output", str(ablation)]) == 0
     assert [json.loads(line)["job"]["phase"] for line in lines(ablation)] == ["final", "final"]
-    assert main([*command, "--methods", "base"]) == 1
+    assert main([*command, "--methods", "focal"]) == 1
     assert "kl+entropy" in capsys.readouterr().err
     monkeypatch.delenv("TF_DROPMAX_DATA", raising=False)
     assert main(["table1", "--column", "omniglot-242"]) == 1

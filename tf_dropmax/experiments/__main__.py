@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tf_dropmax.experiments import demo, speed, table1
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.systems import ABLATIONS, SYSTEMS
+from tf_dropmax.experiments.systems import GROUPS
 from tf_dropmax.experiments.train import COLUMNS, PROTOCOLS
 
 
@@ -22,9 +22,10 @@ def main(arguments=None):
     options = commands.add_parser("table1", help="measure a column of the paper's Table 1")
     options.add_argument("--column", required=True, choices=COLUMNS)
     options.add_argument("--protocol", choices=PROTOCOLS, default="released", help="default: %(default)s")
-    options.add_argument("--ablation", action="store_true", help="adaptive DropMax with parts of its objective switched off")
-    methods = f"of {', '.join(SYSTEMS)}; with --ablation, of {', '.join(ABLATIONS)}; default: all"
-    options.add_argument("--methods", nargs="+", metavar="METHOD", help=methods)
+    systems = "the paper's; or DropMax with parts of its objective switched off; or other ways to a better softmax"
+    options.add_argument("--systems", choices=GROUPS, default="paper", help=f"{systems}; default: %(default)s")
+    methods = "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items())
+    options.add_argument("--methods", nargs="+", metavar="METHOD", help=f"{methods}; default: all")
     options.add_argument("--seeds", type=_positive, default=5, help="final runs of each method, default: %(default)s")
     options.add_argument("--iterations", type=_positive, help="training steps of a run, default: as in the protocol")
     options.add_argument("--workers", type=_positive, default=2, help="processes, default: %(default)s")

@@ -11,7 +11,7 @@ from scipy import stats
 
 from tf_dropmax.experiments import runner, train
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.systems import ABLATIONS, DECAYS, SYSTEMS
+from tf_dropmax.experiments.systems import DECAYS, GROUPS
 
 SEARCH_SEED = 1000  # of the splits, weights and masks while settings are searched; the final seeds count from 0
 
@@ -57,8 +57,8 @@ PAPER = {
 def run(
     column,
     protocol="released",
+    systems="paper",
     methods=None,
-    ablation=False,
     seeds=5,
     iterations=None,
     workers=2,
@@ -71,9 +71,9 @@ def run(
     Args:
         column: A key of `train.COLUMNS`.
         protocol: A key of `train.PROTOCOLS`. Defaults to `"released"`.
-        methods: Sequence of keys of `SYSTEMS`, or `None`: all. Defaults to `None`.
-        ablation: Bool. `True`: the systems are `ABLATIONS`, adaptive DropMax with parts of its objective switched off, instead.
-            Defaults to `False`.
+        systems: A key of `GROUPS`: `"paper"`, the systems that the paper compares; `"parts"`, adaptive DropMax with parts of
+            its objective switched off; `"peers"`, other ways to a better softmax. Defaults to `"paper"`.
+        methods: Sequence of the names of systems in that group, or `None`: all. Defaults to `None`.
         seeds: Positive int, number of final runs of each method, seeds 0, 1, ... Defaults to 5.
         iterations: Positive int, training steps of a run, or `None`: as the protocol has it. Defaults to `None`.
         workers: Positive int, number of processes. Defaults to 2.
@@ -90,13 +90,12 @@ def run(
     console = Console()
     if not console.is_terminal:
         console.width = 220  # a table in a file is not to be wrapped
-    systems = ABLATIONS if ablation else SYSTEMS
+    systems = GROUPS[systems]
     methods = list(dict.fromkeys(methods or systems))
     if not set(methods) <= set(systems):
         raise UserError(f"The methods are {', '.join(systems)}; received {', '.join(methods)}.")
     if budget > len(DECAYS):
         raise UserError(f"The budget is at most {len(DECAYS)}, so that all methods can use it; received {budget}.")
-    budget = 1 if ablation else budget  # the parts are compared at the same settings, those of the authors' code
     iterations = iterations or train.PROTOCOLS[protocol].iterations or train.COLUMNS[column].iterations
     output = Path(output or f"table1-{column}-{protocol}.jsonl")
     train.data.LOADERS[train.COLUMNS[column].dataset]()  # a missing file is found now, and not in every worker
@@ -116,8 +115,11 @@ def run(
         jobs = [job(method, each, SEARCH_SEED, "search") for method, tried in settings.items() for each in tried]
         records = runner.run(execute, jobs, output, workers, console)
         mine = {method: [record for record in records if record["job"]["method"] == method] for method in settings}
-        return {method: min(mine[method], key=_validation)["job"]["settings"] for method in settings}
+        best = {method: min(mine[method], key=_validation) for method in settings}
+        fitted.update({method: record["result"].get("fitted", {}) for method, record in best.items()})
+        return {method: record["job"]["settings"] for method, record in best.items()}
 
+    fitted = {}
     chosen = {method: {"l2": DECAYS[0], **systems[method].options[0]} for method in methods}
     if budget > 1:
         others = {method: systems[method].options[1:][: budget // 2] for method in methods}
@@ -125,6 +127,7 @@ def run(
         chosen = search({method: [{**chosen[method], "l2": l2} for l2 in decays[method]] for method in methods})
         best = {method: [chosen[method], *({**chosen[method], **other} for other in others[method])] for method in methods}
         chosen = search(best)
+    chosen = {method: {**settings, **fitted.get(method, {})} for method, settings in chosen.items()}
     finals = [job(method, chosen[method], seed, "final") for seed in range(seeds) for method in methods]
     records = runner.run(execute, finals, output, workers, console)
     console.print(_table(column, protocol, iterations, seeds, records, chosen))

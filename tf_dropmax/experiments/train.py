@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_dropmax.experiments import data, networks
 from tf_dropmax.experiments.measures import MEASURES
 from tf_dropmax.experiments.runner import key
-from tf_dropmax.experiments.systems import ABLATIONS, SYSTEMS
+from tf_dropmax.experiments.systems import ALL
 
 
 class Column(NamedTuple):
@@ -55,22 +56,29 @@ PROTOCOLS = {
 }
 
 
+_CURVE_POINTS = 24  # by steps that grow by the same factor
+
+
 def execute(job, folder=None):
     """Trains and measures.
 
     Args:
         job: `{"column", "protocol", "iterations", "method", "settings", "seed", "phase"}` and, if the network does not start
             from random weights, `"weights"`, the path of a `.weights.h5` file of it without its head. Phase `"search"`
-            measures on validation data, and the test data are not touched; phase `"final"` measures on test data.
+            measures on validation data, and the test data are not touched; phase `"final"` measures on test data; phase
+            `"curve"` is the same and measures in the course of training too.
         folder: Path for checkpoints, from which a killed run goes on, or `None`. Defaults to `None`.
 
     Returns:
         `{"measures": {row: {measure: number}}, "loss": [training loss of every epoch], "seconds", "steps"}`; `seconds` of
-        training. A run that was resumed gives the same as one that was not, except that dropout and the sampled softmax begin
-        anew with their random numbers, and the latter with its counts.
+        training; and, in a search, `"fitted"`, settings that the system fits to validation data. In phase `"curve"` also
+        `"curve": [{"step", "train": {measure: number}, "test": {measure: number}}]`, by the first row.
+
+        A run that was resumed gives the same as one that was not, except that dropout and the sampled softmax begin anew with
+        their random numbers, and the latter with its counts.
     """
     keras.backend.clear_session()  # a worker runs many jobs, and would keep the graphs of all
-    protocol, system, seed = PROTOCOLS[job["protocol"]], {**SYSTEMS, **ABLATIONS}[job["method"]], job["seed"]
+    protocol, system, seed = PROTOCOLS[job["protocol"]], ALL[job["method"]], job["seed"]
     dataset, split = split_for(job)
     settings = dict(job["settings"])
     l2 = settings.pop("l2")
@@ -85,6 +93,12 @@ def execute(job, folder=None):
     first = checkpoint.restore(model)
     checkpoint.started = time.monotonic()
     epochs = -(-job["iterations"] // steps)
+    rows = list(system.rows.items())
+    if job["phase"] == "curve":
+        checkpoint.measure_after = {round(epoch) for epoch in np.geomspace(1, epochs, _CURVE_POINTS)}
+        checkpoint.measure = lambda: {
+            name: _measure(rows[0][1](model, x), y) for name, (x, y) in {"train": split.train, "test": split.test}.items()
+        }
     model.fit(
         _batches(split.train, protocol.batch, seed, range(first, epochs)),
         steps_per_epoch=steps,
@@ -96,12 +110,18 @@ def execute(job, folder=None):
     )
     seconds = checkpoint.seconds()
     x, y = split.validation if job["phase"] == "search" else split.test
-    measures = {}
-    for row, predict in system.rows.items():
-        log_p = predict(model, x)
-        measures[row] = {name: measure(log_p, y) for name, measure in MEASURES.items()}
+    predictions = {row: predict(model, x) for row, predict in rows}
+    result = {"measures": {row: _measure(log_p, y) for row, log_p in predictions.items()}, "loss": checkpoint.losses}
+    if job["phase"] == "search" and system.fit:
+        result["fitted"] = system.fit(predictions[rows[0][0]], y)
+    if job["phase"] == "curve":
+        result["curve"] = checkpoint.curve
     checkpoint.remove()
-    return {"measures": measures, "loss": checkpoint.losses, "seconds": seconds, "steps": steps * epochs}
+    return {**result, "seconds": seconds, "steps": steps * epochs}
+
+
+def _measure(log_probabilities, labels):
+    return {name: measure(log_probabilities, labels) for name, measure in MEASURES.items()}
 
 
 def split_for(job):
@@ -135,13 +155,17 @@ def _batches(train, batch, seed, epochs):
 
 
 class _Checkpoint(keras.callbacks.Callback):
-    """Saves weights, optimizer and loss history between epochs, at most every 20 seconds; a kill leaves the last save whole."""
+    """Between epochs, at most every 20 seconds, saves weights, optimizer and records; a kill leaves the last save whole.
+
+    Records the training loss of every epoch and, after the epochs in `measure_after`, what `measure` gives.
+    """
 
     def __init__(self, folder, job):
         super().__init__()
         self.folder = folder and Path(folder)
         self.name = hashlib.sha256(key(job).encode()).hexdigest()[:16]
-        self.losses = []
+        self.losses, self.curve = [], []
+        self.measure_after, self.measure = set(), None
         self.earlier = 0.0  # seconds of training before the last resumption
         self.started = self.saved = time.monotonic()
 
@@ -155,16 +179,19 @@ class _Checkpoint(keras.callbacks.Callback):
             model.optimizer.build(model.trainable_variables)
             model.load_weights(self.folder / f"{self.name}-{epoch}.weights.h5")
             state = json.loads((self.folder / f"{self.name}-{epoch}.json").read_text())
-            self.losses, self.earlier = state["loss"], state["seconds"]
+            self.losses, self.curve, self.earlier = state["loss"], state["curve"], state["seconds"]
         return epoch
 
     def on_epoch_end(self, epoch, logs=None):
         self.losses.append(float(logs["loss"]))
+        if epoch + 1 in self.measure_after:
+            self.curve.append({"step": int(self.model.optimizer.iterations), **self.measure()})
         if self.folder and time.monotonic() - self.saved > 20:
             self.folder.mkdir(parents=True, exist_ok=True)
             old = self._files("*")
             stem = f"{self.name}-{len(self.losses)}"
-            (self.folder / f"{stem}.json").write_text(json.dumps({"loss": self.losses, "seconds": self.seconds()}))
+            state = {"loss": self.losses, "curve": self.curve, "seconds": self.seconds()}
+            (self.folder / f"{stem}.json").write_text(json.dumps(state))
             temporary = self.folder / f"{self.name}.weights.h5"
             self.model.save_weights(temporary, overwrite=True)
             temporary.replace(self.folder / f"{stem}.weights.h5")
