@@ -1,7 +1,7 @@
 """DropMax, the adaptive stochastic softmax, for Keras 3 on TensorFlow."""
 
 from tf_dropmax import functional
-from tf_dropmax.callbacks import DropMaxPredict, predict_mode
+from tf_dropmax.callbacks import DropMaxMonitor, DropMaxPredict, predict_mode
 from tf_dropmax.distribute import multi_worker
 from tf_dropmax.functional import sparsemax
 from tf_dropmax.head import DropMaxHead
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DropMaxHead",
     "DropMaxLoss",
+    "DropMaxMonitor",
     "DropMaxPredict",
     "SampledSoftmaxLoss",
     "SparsemaxLoss",

@@ -1,8 +1,10 @@
-"""Choosing the test-time mode of the heads in a model, and callbacks that do."""
+"""What is done to the heads of a model from outside: choosing the test-time mode, watching and annealing the training."""
 
 import contextlib
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from tf_dropmax.checks import check_one_of, check_positive_int
 from tf_dropmax.head import PREDICT_MODES, DropMaxHead
@@ -137,3 +139,138 @@ class DropMaxPredict(keras.callbacks.Callback):
         setattr(model, step_name, step_in_mode)
         setattr(model, make_name, make_after_leaving)
         self._leave, self._make = leave, make_after_leaving
+
+
+class DropMaxMonitor(keras.callbacks.Callback):
+    """Callback that anneals the head's settings, and logs what the head has learned about its masks.
+
+    After every epoch it adds to the logs, from where they reach `history` and every callback that stands after this one
+    (`TensorBoard`, `CSVLogger`, `ModelCheckpoint`, ...), means over the given examples:
+
+        retain_target      retain probability of the label's class
+        retain_others      retain probability of the other classes
+        retained_classes   expected number of classes that a mask retains, `sum_t rho_t`
+        mask_entropy       entropy of a mask, in nats, at most log 2
+
+    and `entropy_weight` and `temperature`, those that are annealed, as they were in that epoch. If the model has several
+    heads, each is watched, the names begin with `HEAD_`, its name, and all are annealed alike.
+
+    Args:
+        x: Inputs of the model as for `predict`, a tensor, an array or a structure of them, of `(examples, ...)`; or `None`:
+            nothing is watched. Take validation data. Defaults to `None`.
+        y: Int labels, `(examples, ...)` or `(examples, ..., 1)`; needed with `x`. Defaults to `None`.
+        entropy_weight: `None` or a function from the epoch, an int from 0, to the weight to train it with, a non-negative
+            float. Defaults to `None`.
+        temperature: `None` or a function from the epoch to the temperature to train it with, a positive float. Defaults to
+            `None`.
+        batch_size: Positive int, examples that are watched at a time. Defaults to 256.
+
+    Raises:
+        ValueError: if there is nothing to do, `x` and `y` do not fit together, or an argument is not as above; in training, if
+            the model has no `DropMaxHead`, does not call it on `x`, or a function gives a value that is not as above.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), tf_dropmax.DropMaxHead(3)])
+    >>> model.compile("adam", tf_dropmax.DropMaxLoss())
+    >>> x, y = np.random.default_rng(0).normal(size=(30, 4)).astype("float32"), np.arange(30) % 3
+    >>> monitor = tf_dropmax.DropMaxMonitor(x, y, entropy_weight=lambda epoch: 0.5**epoch)
+    >>> history = model.fit(x, y, epochs=3, callbacks=[monitor], verbose=0).history
+    >>> history["entropy_weight"]
+    [1.0, 0.5, 0.25]
+    >>> len(history["retain_target"])
+    3
+    """
+
+    def __init__(self, x=None, y=None, entropy_weight=None, temperature=None, batch_size=256):
+        super().__init__()
+        self.schedules = {"entropy_weight": entropy_weight, "temperature": temperature}
+        for name, schedule in self.schedules.items():
+            if schedule is not None and not callable(schedule):
+                raise ValueError(f"`{name}` must be a function of the epoch or `None`. Received: {name}={schedule!r}")
+        self.batch_size = check_positive_int("batch_size", batch_size)
+        self.x, self.y = x, None if y is None else np.asarray(y)
+        if (x is None) != (y is None) or (x is None and entropy_weight is None and temperature is None):
+            raise ValueError(
+                "Expected `x` with `y`, a schedule, or both. Received: "
+                + ", ".join(
+                    f"{name}={'None' if value is None else '...'}" for name, value in {"x": x, "y": y, **self.schedules}.items()
+                )
+            )
+        if x is not None:
+            sizes = {len(part) for part in keras.tree.flatten(x)}
+            if self.y.dtype.kind not in "iu" or self.y.ndim == 0 or sizes != {len(self.y)} or not len(self.y):
+                raise ValueError(
+                    "`y` must be whole numbers, one for each example of `x`. "
+                    f"Received: {self.y.dtype} of shape {self.y.shape}, x with {sorted(sizes)} examples"
+                )
+
+    def on_train_begin(self, logs=None):
+        self._heads = _heads(self.model)
+        classes = min(head.units for head in self._heads)
+        if self.x is not None and not 0 <= self.y.min() <= self.y.max() < classes:
+            raise ValueError(f"`y` must be in [0, {classes}). Received: values from {self.y.min()} to {self.y.max()}")
+        self._statistics = tf.function(self._statistics_of)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        for name, schedule in self._schedules():
+            for head in self._heads:
+                setattr(head, name, schedule(epoch))
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.x is not None:
+            for head, values in zip(self._heads, self._means(), strict=True):
+                prefix = "" if len(self._heads) == 1 else f"{head.name}_"
+                logs.update({prefix + name: float(value) for name, value in zip(_STATISTICS, values, strict=True)})
+        logs.update({name: getattr(self._heads[0], name) for name, _ in self._schedules()})
+
+    def _schedules(self):
+        return [(name, schedule) for name, schedule in self.schedules.items() if schedule is not None]
+
+    def _means(self):
+        """Statistics of every head, averaged over the examples."""
+        total = 0.0
+        for start in range(0, len(self.y), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            y = self.y[rows]
+            x = keras.tree.map_structure(lambda part, rows=rows: tf.convert_to_tensor(part[rows]), self.x)
+            total += len(y) * self._statistics(x, tf.constant(y, tf.int32)).numpy()
+        return total / len(self.y)
+
+    def _statistics_of(self, x, y):
+        """Means over a batch, shape `(heads, statistics)`."""
+        with contextlib.ExitStack() as stack:
+            inputs = [stack.enter_context(_listening(head)) for head in self._heads]
+            self.model(x, training=False)
+        return tf.stack([_mask_statistics(head, heard, y) for head, heard in zip(self._heads, inputs, strict=True)])
+
+
+_STATISTICS = ("retain_target", "retain_others", "retained_classes", "mask_entropy")
+
+
+def _mask_statistics(head, inputs, labels):
+    if len(inputs) != 1:
+        raise ValueError(f"Expected a model that calls its head {head.name!r} once. Received: {len(inputs)} calls of it")
+    rho = tf.cast(head.retain_probabilities(inputs[0]), tf.float32)
+    labels = tf.squeeze(labels, -1) if len(labels.shape) == len(rho.shape) else labels
+    target = tf.gather(rho, labels, axis=-1, batch_dims=len(labels.shape))
+    retained = tf.reduce_sum(rho, axis=-1)
+    entropy = -tf.math.xlogy(rho, rho) - tf.math.xlog1py(1 - rho, -rho)
+    others = (retained - target) / max(head.units - 1, 1)
+    return [tf.reduce_mean(values) for values in (target, others, retained, entropy)]
+
+
+@contextlib.contextmanager
+def _listening(head):
+    """Inside, what the head is called on is appended to the list that this yields."""
+    heard, call = [], head.call
+
+    def listen(inputs, *args, **kwargs):
+        heard.append(inputs)
+        return call(inputs, *args, **kwargs)
+
+    head.call = listen
+    try:
+        yield heard
+    finally:
+        del head.call

@@ -1,0 +1,139 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxMonitor
+
+
+def model_of(**kwargs):
+    head = DropMaxHead(4, seed=1, retain_kernel_initializer=keras.initializers.RandomNormal(seed=3), **kwargs)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "relu"), head])
+    model.compile(keras.optimizers.Adam(0.02), DropMaxLoss())
+    return model
+
+
+def statistics(model, x, y):
+    """One example after the other, in the words of the documentation."""
+    features = model.layers[0](x).numpy()
+    head = model.layers[1]
+    rows = []
+    for h, label in zip(features, y, strict=True):
+        r = h.astype("float64") @ head.retain_kernel.numpy() + head.retain_bias.numpy()
+        rho = 1 / (1 + np.exp(-r))
+        others = [rho[t] for t in range(4) if t != label]
+        entropy = [-q * np.log(q) - (1 - q) * np.log(1 - q) for q in rho]
+        rows.append([rho[label], np.mean(others), np.sum(rho), np.mean(entropy)])
+    return dict(zip(["retain_target", "retain_others", "retained_classes", "mask_entropy"], np.mean(rows, 0), strict=True))
+
+
+@pytest.mark.parametrize("labels", [(160,), (160, 1)], ids=str)
+def test_statistics_are_those_of_the_definition(blobs, labels):
+    x, y = blobs
+    model = model_of()
+    monitor = DropMaxMonitor(x, y.reshape(labels), batch_size=37)  # the last batch is a smaller one
+    after = []
+    check = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: after.append(statistics(model, x, y)))
+    history = model.fit(x, y, epochs=3, callbacks=[monitor, check], verbose=0).history
+    for name in after[0]:
+        np.testing.assert_allclose(history[name], [epoch[name] for epoch in after], rtol=1e-5)
+        assert len(set(history[name])) == 3
+    assert "call" not in vars(model.layers[1])
+
+
+def test_annealing_trains_with_what_the_schedule_says(blobs):
+    """The same losses as three heads, each built with the settings of one epoch."""
+    x, y = blobs
+    schedules = {"entropy_weight": lambda epoch: [1.0, 0.3, 0.0][epoch], "temperature": lambda epoch: 0.1 * (epoch + 1)}
+    model = model_of()
+    model.compile(keras.optimizers.SGD(0.0), DropMaxLoss())
+    steps = model.layers[1]._train_seeds.state.numpy()
+    rewind = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: model.layers[1]._train_seeds.state.assign(steps))
+    fit = {"batch_size": 160, "shuffle": False, "verbose": 0}
+    history = model.fit(x, y, epochs=3, callbacks=[DropMaxMonitor(**schedules), rewind], **fit).history
+    assert history["entropy_weight"] == [1.0, 0.3, 0.0]
+    assert history["temperature"] == pytest.approx([0.1, 0.2, 0.3])
+    assert "retain_target" not in history
+    for epoch in range(3):
+        fresh = model_of(**{name: schedule(epoch) for name, schedule in schedules.items()})
+        fresh.compile(keras.optimizers.SGD(0.0), DropMaxLoss())
+        fresh.set_weights(model.get_weights())
+        assert fresh.fit(x, y, **fit).history["loss"][0] == pytest.approx(history["loss"][epoch], rel=1e-5)
+    assert len(set(np.round(history["loss"], 3))) == 3
+
+
+def test_tensorboard_gets_it_too(blobs, tmp_path):
+    x, y = blobs
+    callbacks = [DropMaxMonitor(x, y, entropy_weight=lambda epoch: 0.5), keras.callbacks.TensorBoard(tmp_path)]
+    history = model_of().fit(x, y, callbacks=callbacks, verbose=0).history
+    found = {}
+    for path in (tmp_path / "train").glob("events*"):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            found.update({value.tag: tf.make_ndarray(value.tensor) for value in event.summary.value})
+    for name in ("retain_target", "retain_others", "retained_classes", "mask_entropy", "entropy_weight"):
+        assert found[f"epoch_{name}"] == pytest.approx(history[name][0])
+
+
+def test_every_head_of_a_model_is_watched_and_annealed(rng):
+    inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((2,), name="b")}
+    outputs = [DropMaxHead(5, name="one")(inputs["a"]), DropMaxHead(2, name="two", retain_probability=0.25)(inputs["b"])]
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", [DropMaxLoss(), DropMaxLoss()])
+    x = {"a": rng.normal(size=(10, 3)), "b": rng.normal(size=(10, 2))}
+    y = np.arange(10) % 2
+    monitor = DropMaxMonitor(x, y, temperature=lambda epoch: 0.4)
+    history = model.fit(x, [y, y], callbacks=[monitor], verbose=0).history
+    assert history["two_retain_target"] == pytest.approx([0.25])
+    assert history["two_retained_classes"] == pytest.approx([0.5])
+    assert 0 < history["one_retained_classes"][0] < 5
+    assert [layer.temperature for layer in model.layers if isinstance(layer, DropMaxHead)] == [0.4, 0.4]
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_sequences_and_subclassed_models(rng, run_eagerly):
+    class Tagger(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = DropMaxHead(3)
+
+        def call(self, x):
+            return self.head(x)
+
+    x, y = rng.normal(size=(6, 5, 4)).astype("float32"), rng.integers(3, size=(6, 5))
+    model = Tagger()
+    model.compile("sgd", DropMaxLoss(), run_eagerly=run_eagerly)
+    history = model.fit(x, y, callbacks=[DropMaxMonitor(x, y)], verbose=0).history
+    rho = model.head.retain_probabilities(x).numpy()
+    expected = np.mean([rho[i, j, y[i, j]] for i in range(6) for j in range(5)])
+    assert history["retain_target"][0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Expected `x` with `y`"),
+        ({"x": np.ones((3, 2))}, "Expected `x` with `y`"),
+        ({"x": np.ones((3, 2)), "y": np.zeros(2, int)}, "one for each example"),
+        ({"x": np.ones((3, 2)), "y": np.zeros(3)}, "whole numbers"),
+        ({"entropy_weight": 0.3}, "`entropy_weight` must be a function"),
+        ({"temperature": lambda epoch: 1.0, "batch_size": 0}, "`batch_size` must be a positive int"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DropMaxMonitor(**arguments)
+
+
+def test_mistakes_that_show_in_training(blobs):
+    x, y = blobs
+    with pytest.raises(ValueError, match="entropy_weight=-1"):
+        model_of().fit(x, y, callbacks=[DropMaxMonitor(entropy_weight=lambda epoch: -1)], verbose=0)
+    plain = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
+    plain.compile("sgd", DropMaxLoss())
+    with pytest.raises(ValueError, match="at least one DropMaxHead"):
+        plain.fit(x, y, callbacks=[DropMaxMonitor(x, y)], verbose=0)
+    wrong = y.copy()
+    wrong[3] = 4
+    with pytest.raises(ValueError, match=r"in \[0, 4\)"):
+        model_of().fit(x, y, callbacks=[DropMaxMonitor(x, wrong)], verbose=0)
