@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from tf_dropmax import DropMaxHead
-from tf_dropmax.experiments import data, runner, table1, train
+from tf_dropmax.experiments import convergence, data, runner, table1, train
 from tf_dropmax.experiments.__main__ import main
 from tf_dropmax.experiments.errors import UserError
 from tf_dropmax.experiments.systems import ABLATIONS, PEERS, SYSTEMS
@@ -43,7 +43,7 @@ def test_runner_keeps_order_and_does_nothing_twice(tmp_path):
     assert all(record["result"]["process"] != os.getpid() for record in records)
     assert records[0]["environment"]["tensorflow"]
     before = path.read_bytes()
-    records = runner.run(jobs.square, [{"x": x} for x in (2, 5, 3)], path)
+    records = runner.run(jobs.square, [{"x": x} for x in (2, 5, 3)], path, workers=1)
     assert [record["result"]["y"] for record in records] == [4, 25, 9]
     assert path.read_bytes().startswith(before)
     assert len(lines(path)) == 4
@@ -58,11 +58,11 @@ def test_a_job_that_fails_does_not_take_the_others_along(tmp_path):
 
 def test_a_line_cut_short_is_done_again_and_a_strange_file_refused(tmp_path):
     path = tmp_path / "results.jsonl"
-    runner.run(jobs.square, [{"x": 1}, {"x": 2}], path)
+    runner.run(jobs.square, [{"x": 1}, {"x": 2}], path, workers=1)
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
     assert len(runner.read(path)) == 1
-    runner.run(jobs.square, [{"x": 1}, {"x": 2}], path)
+    runner.run(jobs.square, [{"x": 1}, {"x": 2}], path, workers=1)
     assert [json.loads(line)["result"]["y"] for line in lines(path)] == [1, 4]
     path.write_text("not of ours\n" + whole.decode())
     with pytest.raises(UserError, match="line 1"):
@@ -77,11 +77,11 @@ def test_killed_and_resumed(tmp_path, whole_group):
     path = tmp_path / "results.jsonl"
     code = (
         "import jobs, sys; from tf_dropmax.experiments import runner\n"
-        "if __name__ == '__main__': runner.run(jobs.slow, [{'x': x} for x in range(12)], sys.argv[1])"
+        "if __name__ == '__main__': runner.run(jobs.slow, [{'x': x} for x in range(12)], sys.argv[1], int(sys.argv[2]))"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    command = [sys.executable, str(script), str(path)]
+    command = [sys.executable, str(script), str(path), "2"]
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(jobs.__file__)}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -97,7 +97,7 @@ def test_killed_and_resumed(tmp_path, whole_group):
         while running(worker):  # workers end with the program
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    subprocess.run([*command[:-1], "1"], env=environment, check=True, timeout=120, capture_output=True)
     assert lines(path)[: len(kept)] == kept
     assert sorted(json.loads(line)["result"]["y"] for line in lines(path)) == list(range(12))
 
@@ -145,10 +145,13 @@ def test_ablated_heads(rng):
 
 
 def test_a_run_is_reproducible_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    job = {**JOB, "method": "label", "settings": {"l2": 1e-4, **SYSTEMS["label"].options[0]}}
-    whole, again = train.execute(job), train.execute(job)
-    assert whole["measures"] == again["measures"]
+    job = {**JOB, "method": "label", "settings": {"l2": 1e-4, **SYSTEMS["label"].options[0]}, "phase": "curve"}
+    whole, again = train.execute({**job, "phase": "final"}), train.execute(job)
+    assert whole["measures"] == again["measures"]  # measuring on the way changes nothing
     assert len(whole["loss"]) == 4
+    assert [point["step"] for point in again["curve"]] == [6, 12, 18, 24]
+    assert again["curve"][-1]["test"] == again["measures"]["(18)"]
+    assert again["curve"][-1]["train"]["NLL"] < again["curve"][0]["train"]["NLL"]
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=itertools.count(0, 30).__next__))
 
     class Kill(keras.callbacks.Callback):
@@ -168,6 +171,7 @@ def test_a_run_is_reproducible_and_goes_on_where_it_was_killed(tmp_path, monkeyp
     assert resumed["steps"] == whole["steps"]
     np.testing.assert_allclose(resumed["loss"], whole["loss"], rtol=1e-6)
     assert resumed["measures"] == whole["measures"]
+    assert resumed["curve"] == again["curve"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,7 +251,7 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     output = tmp_path / "digits.jsonl"
     command = ["table1", "--column", "digits", "--protocol", "small", "--iterations", "12", "--methods", "base", "adaptive"]
-    command += ["--seeds", "2", "--budget", "2", "--output", str(output)]
+    command += ["--workers", "1", "--seeds", "2", "--budget", "2", "--output", str(output)]
     assert main(command) == 0
     records = [json.loads(line) for line in lines(output)]
     assert len(records) == 2 * 2 + 2 * 2
@@ -258,6 +262,14 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
     before = output.read_bytes()
     assert main(command) == 0
     assert output.read_bytes() == before
+    assert main(["convergence", str(output), "--methods", "adaptive", "--seeds", "1", "--workers", "1"]) == 0
+    (curve,) = convergence.curves(list(runner.read(tmp_path / "digits-convergence.jsonl").values())).values()
+    assert curve["step"].tolist() == [6, 12]
+    assert curve["test error %"].shape == (1, 2)
+    assert curve["test error %"][0, -1] == errors[0]
+    assert f"{curve['test NLL'][0, 0]:.4f}" in capsys.readouterr().out
+    assert main(["convergence", str(output), "--methods", "label"]) == 1
+    assert "no final runs of label" in capsys.readouterr().err
     ablation = tmp_path / "ablation.jsonl"
     command = [
         "table1",
@@ -275,7 +287,7 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
         "kl",
         "masks",
     ]
-    assert main([*command, "--seeds", "1", "--output", str(ablation)]) == 0
+    assert main([*command, "--workers", "1", "--seeds", "1", "--output", str(ablation)]) == 0
     assert [json.loads(line)["job"]["phase"] for line in lines(ablation)] == ["final", "final"]
     assert main([*command, "--methods", "focal"]) == 1
     assert "kl+entropy" in capsys.readouterr().err

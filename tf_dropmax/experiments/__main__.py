@@ -5,7 +5,7 @@ import sys
 
 import tensorflow as tf
 
-from tf_dropmax.experiments import demo, speed, table1
+from tf_dropmax.experiments import convergence, demo, speed, table1
 from tf_dropmax.experiments.errors import UserError
 from tf_dropmax.experiments.systems import GROUPS
 from tf_dropmax.experiments.train import COLUMNS, PROTOCOLS
@@ -32,6 +32,12 @@ def main(arguments=None):
     options.add_argument("--budget", type=_positive, default=6, help="settings tried for each method, default: %(default)s")
     options.add_argument("--weights", help=".weights.h5 file that the network starts from, default: random weights")
     options.add_argument("--output", help="results file, which is added to, default: table1-COLUMN-PROTOCOL.jsonl")
+    options = commands.add_parser("convergence", help="train again what table1 chose, and measure in the course of training")
+    options.add_argument("results", help="results file of table1")
+    options.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all in the file")
+    options.add_argument("--seeds", type=_positive, default=5, help="runs of each method, default: %(default)s")
+    options.add_argument("--workers", type=_positive, default=2, help="processes, default: %(default)s")
+    options.add_argument("--output", help="results file, which is added to, default: RESULTS-convergence.jsonl")
     options = commands.add_parser("speed", help="measure what the head costs, as ratios to baselines")
     options.add_argument("--parts", nargs="+", choices=speed.PARTS, default=speed.PARTS, help="default: all")
     options.add_argument("--classes", nargs="+", type=_positive, default=(10, 100, 1000, 10_000, 50_000), metavar="T")
@@ -39,7 +45,8 @@ def main(arguments=None):
     options.add_argument("--repeats", type=_positive, default=9, help="turns, default: %(default)s")
     options.add_argument("--output", default="dropmax-speed", help="folder for the results, default: %(default)s")
     options = vars(parser.parse_args(arguments))
-    command = {"demo": demo.run, "table1": table1.run, "speed": speed.run}[options.pop("command")]
+    runs = {"demo": demo.run, "table1": table1.run, "convergence": convergence.run, "speed": speed.run}
+    command = runs[options.pop("command")]
 
     tf.get_logger().setLevel("ERROR")  # many models are traced here, by design
     try:

@@ -1,4 +1,4 @@
-"""Runs many jobs in worker processes; results go to a JSON-lines file at once, and a killed run goes on from there."""
+"""Runs many jobs, in worker processes; results go to a JSON-lines file at once, and a killed run goes on from there."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import os
 import platform
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def run(execute, jobs, path, workers=2, console=None):
         jobs: Sequence of dictionaries of JSON values.
         path: Path of the results file; each result is appended as soon as there is one, as
             `{"job": ..., "result": ..., "environment": ...}`.
-        workers: Positive int, number of processes; each computes with its share of the processor's cores. Defaults to 2.
+        workers: Positive int, number of processes; each computes with its share of the processor's cores. With 1, jobs run in
+            this process. Defaults to 2.
         console: A `rich.console.Console` for the progress display, or `None`. Defaults to `None`.
 
     Returns:
@@ -82,16 +84,15 @@ def run(execute, jobs, path, workers=2, console=None):
         )
         # Jobs take minutes: the time left is estimated from all of them, and not from the last half-minute.
         progress = Progress(*columns, console=console, speed_estimate_period=1e6)
-        with file, _pool(workers) as pool, _ended_by_exceptions(pool), progress:
+        with file, progress, contextlib.closing(_executed(execute, pending, workers)) as executed:
             _cut_broken_line(file)
             task = progress.add_task(path.stem, total=len(jobs), completed=len(jobs) - len(pending))
-            futures = {pool.submit(execute, job): job for job in pending}
-            for future in as_completed(futures):
-                job = futures[future]
-                if future.exception() is not None:
-                    failures.append(f"{key(job)}: {future.exception()!r}")
+            for job, get in executed:
+                try:
+                    record = {"job": job, "result": get(), "environment": environment()}
+                except Exception as error:
+                    failures.append(f"{key(job)}: {error!r}")
                     continue
-                record = {"job": job, "result": future.result(), "environment": environment()}
                 file.write(json.dumps(record).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -100,6 +101,18 @@ def run(execute, jobs, path, workers=2, console=None):
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed; the others are in {path}. " + "; ".join(failures))
     return [records[key(job)] for job in jobs]
+
+
+def _executed(execute, jobs, workers):
+    """Yields every job, when it is done or has failed, with a function that returns its result or raises its exception."""
+    if workers == 1:
+        for job in jobs:
+            yield job, partial(execute, job)
+    else:
+        with _pool(workers) as pool, _ended_by_exceptions(pool):
+            futures = {pool.submit(execute, job): job for job in jobs}
+            for future in as_completed(futures):
+                yield futures[future], future.result
 
 
 @contextlib.contextmanager
