@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -64,6 +65,21 @@ def multi_worker():
     (FOLDER / f"result-{index}.json").write_text(json.dumps(result))
 
 
+def killed():
+    """A training of 240 steps that backs itself up after every epoch, slow enough to be killed in the midst."""
+    head = model()
+    callbacks = [
+        keras.callbacks.LambdaCallback(
+            on_train_begin=lambda logs: (FOLDER / "begun").touch(), on_train_batch_end=lambda batch, logs: time.sleep(0.01)
+        ),
+        keras.callbacks.ModelCheckpoint(FOLDER / "last.keras"),
+        keras.callbacks.BackupAndRestore(FOLDER / "backup", double_checkpoint=True),
+    ]
+    head.fit(*data(), batch_size=16, epochs=60, shuffle=False, verbose=0, callbacks=callbacks)
+    result = {"steps": int(head.optimizer.iterations.numpy()), "weights": [weight.tolist() for weight in head.get_weights()]}
+    (FOLDER / "result.json").write_text(json.dumps(result))
+
+
 def tuner():
     """One process of a distributed search for lambda; the environment says which."""
     (x, y), name = data(), os.environ["KERASTUNER_TUNER_ID"]
@@ -78,4 +94,4 @@ def tuner():
 
 
 if __name__ == "__main__":
-    {"multi_worker": multi_worker, "tuner": tuner}[sys.argv[1]]()
+    {"multi_worker": multi_worker, "killed": killed, "tuner": tuner}[sys.argv[1]]()

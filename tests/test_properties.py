@@ -1,0 +1,176 @@
+"""What must hold for whatever comes in: many examples, made by hypothesis.
+
+The examples of the test run are always the same. `HYPOTHESIS_PROFILE=long` tries thousands of others.
+"""
+
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tf_dropmax import DropMaxHead, functional
+
+_SAME = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+settings.register_profile("short", max_examples=25, derandomize=True, database=None, **_SAME)
+settings.register_profile("long", max_examples=2000, **_SAME)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+LIMIT = float(np.float32(1e30))
+MODES = {
+    "expected": functional.expected,
+    "sampled": lambda o, r: functional.sampled(o, r, samples=3, seed=(1, 2)),
+    "exact": functional.exact,
+    "softmax": lambda o, r: functional.softmax(o) + 0 * tf.stop_gradient(tf.zeros_like(r)),
+}
+
+
+@st.composite
+def values(draw, shape, dtype):
+    """An array: entry by entry if it is small, else by one of several laws; entries up to +-1e30."""
+    if np.prod(shape) <= 30 and draw(st.booleans()):
+        some = st.floats(-LIMIT, LIMIT, width=32, allow_subnormal=False) | st.sampled_from(
+            [0.0, -0.0, 80.0, -88.0, 88.8, -104.0, LIMIT, -LIMIT]
+        )
+        return draw(hnp.arrays(np.float32, shape, elements=some)).astype(dtype)
+    scale = 10.0 ** draw(st.integers(-3, 30))
+    noise = np.random.default_rng(draw(st.integers(0, 2**32))).normal(size=shape)
+    law = draw(st.sampled_from(["normal", "two values", "one value", "one above", "one below"]))
+    x = {
+        "normal": noise,
+        "two values": np.sign(noise),
+        "one value": np.sign(noise[:1, :1]) + 0 * noise,
+        "one above": (np.arange(shape[-1]) == shape[-1] // 2) + 0 * noise,
+        "one below": -1.0 * (np.arange(shape[-1]) == 0) + 0 * noise,
+    }[law]
+    return np.clip(scale * x, -LIMIT, LIMIT).astype(dtype)
+
+
+@st.composite
+def problems(draw, arrays=2, classes=None):
+    """Arrays `(rows, T)` of logits and the like."""
+    few, many = st.integers(2, 12), st.sampled_from([16, 33, 100, 257, 1000, 5000])
+    shape = (draw(st.integers(1, 3)), draw(classes or (few | many)))
+    dtype = draw(st.sampled_from(["float32", "float64"]))
+    return [draw(values(shape, dtype)) for _ in range(arrays)]
+
+
+def with_gradients(function, arrays):
+    """The result, and the gradients of a sum of it with weights of both signs."""
+    variables = [tf.constant(array) for array in arrays]
+    with tf.GradientTape() as tape:
+        tape.watch(variables)
+        result = function(*variables)
+        total = tf.reduce_sum(result * tf.cast(np.cos(np.arange(result.shape[-1])), result.dtype))
+    return result.numpy(), tape.gradient(total, variables, unconnected_gradients="zero")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(problem=problems())
+def test_modes_give_probabilities(mode, problem):
+    log_p, gradients = with_gradients(MODES[mode], problem)
+    assert np.isfinite(log_p).all()
+    p = np.exp(log_p.astype("float64"))
+    assert (p <= 1 + 1e-5).all()
+    np.testing.assert_allclose(p.sum(-1), 1, atol=1e-5)
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+
+
+@given(
+    problem=problems(), entropy_weight=st.sampled_from([0.0, 1e-4, 1.0, 10.0]), temperature=st.sampled_from([0.01, 0.1, 1.0])
+)
+def test_scores_are_finite(problem, entropy_weight, temperature):
+    def scores(logits, retain_logits):
+        uniform = functional.uniform(tf.shape(logits), (3, 4), logits.dtype)
+        masks = functional.mask_logits(retain_logits, uniform, temperature)
+        return functional.scores(logits, retain_logits, masks, entropy_weight)
+
+    result, gradients = with_gradients(scores, problem)
+    assert np.isfinite(result).all()
+    assert (result <= 1e-5).all()  # a log-likelihood and a log-probability, less an entropy
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+
+
+@given(problem=problems(), retain_probability=st.sampled_from([1e-6, 0.2, 0.6, 1 - 1e-6]))
+def test_random_dropmax_is_finite(problem, retain_probability):
+    def scores(logits, _):
+        uniform = functional.uniform(tf.shape(logits), (3, 4), logits.dtype)
+        return functional.target_log_likelihood(logits, functional.bernoulli_mask_logits(retain_probability, uniform))
+
+    result, gradients = with_gradients(scores, problem)
+    assert np.isfinite(result).all()
+    assert (result <= 1e-5).all()
+    assert np.isfinite(gradients[0]).all()
+
+
+@given(problem=problems(arrays=3), auxiliary_weight=st.sampled_from([0.0, 0.1, 1.0]))
+def test_posterior_scores_are_finite(problem, auxiliary_weight):
+    def scores(logits, retain_logits, auxiliary_logits):
+        uniform = functional.uniform(tf.shape(logits), (3, 4), logits.dtype)
+        masks = functional.mask_logits(functional.posterior_logits(retain_logits, auxiliary_logits), uniform)
+        return functional.posterior_scores(logits, retain_logits, auxiliary_logits, masks, auxiliary_weight)
+
+    result, gradients = with_gradients(scores, problem)
+    assert np.isfinite(result).all()
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+
+
+@given(problem=problems(), which=st.integers(0, 1), step=st.sampled_from([1e-3, 0.5, 5.0, 100.0, LIMIT]), data=st.data())
+def test_exact_is_monotone(problem, which, step, data):
+    """More logit or more retain logit of a class: no less probability for it, no more for any other.
+
+    For the class itself: given the other masks, with sum of weights S, its probability is w / (w + S) or, with its own mask 0,
+    1 / T at most where S = 0 and 0 elsewhere. For another class: to retain one more competitor never helps.
+    """
+    more = [array.copy() for array in problem]
+    chosen = data.draw(st.integers(0, problem[0].shape[-1] - 1))
+    more[which][:, chosen] = np.minimum(more[which][:, chosen] + step, LIMIT)
+    before, after = (np.exp(functional.exact(*arrays).numpy().astype("float64")) for arrays in (problem, more))
+    difference = after - before
+    assert (difference[:, chosen] >= -2e-5).all()
+    assert (np.delete(difference, chosen, axis=-1) <= 2e-5).all()
+
+
+HEADS = [{}, {"posterior": "label"}, {"stochastic": False}, {"retain_probability": 0.4}]
+
+
+@pytest.mark.parametrize("kwargs", HEADS, ids=str)
+@given(
+    policy=st.sampled_from(["float32", "mixed_bfloat16", "mixed_float16", "float16", "bfloat16", "float64"]),
+    shape=st.sampled_from([(1, 3), (4, 7), (2, 3, 5), (2, 1, 2, 4)]),
+    units=st.integers(2, 40),
+    exponent=st.integers(-3, 3),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=settings.default.max_examples // 2)
+def test_heads(kwargs, policy, shape, units, exponent, seed):
+    head = DropMaxHead(units, dtype=policy, seed=seed, **kwargs)
+    features = np.random.default_rng(seed).normal(size=shape).astype("float32") * 10.0**exponent
+    features = tf.cast(features, head.compute_dtype)
+    head.build(features.shape)
+    labels = tf.zeros(shape[:-1], tf.int32)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        scores = head(features, training=True)
+        loss = -tf.reduce_mean(tf.gather(scores, labels, axis=-1, batch_dims=len(shape) - 1)) + sum(
+            tf.cast(added, scores.dtype) for added in head.losses
+        )
+    gradients = tape.gradient(loss, [features, *(weight.value for weight in head.trainable_weights)])
+    wide = "float64" if policy == "float64" else "float32"
+    assert scores.dtype == wide
+    assert np.isfinite(scores).all()
+    for gradient in gradients:
+        assert np.isfinite(tf.cast(gradient, wide)).all()
+    for mode in MODES:
+        head.predict_mode = mode
+        log_p = head(features)
+        assert log_p.shape == (*shape[:-1], units)
+        np.testing.assert_allclose(tf.reduce_sum(tf.exp(log_p), -1), 1, atol=1e-5)
+    assert keras.config.floatx() == "float32"
