@@ -351,7 +351,7 @@ def test_from_dense_refuses_what_it_cannot_start_from():
         *({"units": value} for value in (0, -1, 2.0, "3", None, True)),
         *({"retain_probability": value} for value in (0, 1, 0.0, 1.0, -0.1, 1.5, np.nan, "0.5", True)),
         *({"temperature": value} for value in (0, -0.1, np.nan, np.inf, "0.1", None)),
-        *({"entropy_weight": value} for value in (-1e-9, np.nan, np.inf, None)),
+        *({"entropy_weight": value} for value in (-1e-9, np.nan, np.inf, "1")),
         *({"predict_mode": value} for value in ("mean", None, 0)),
         *({"predict_samples": value} for value in (0, -1, 1.5, None)),
         *({"seed": value} for value in (1.5, "1", True)),

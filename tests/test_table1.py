@@ -232,6 +232,19 @@ def test_a_column_without_a_test_set_gets_one_that_no_search_sees(monkeypatch):
         assert not set(part[0]) & test
 
 
+def test_weights_of_sums_over_classes_fall_with_their_number():
+    """As the defaults of the head do."""
+    for classes in (2, 10, 30, 31, 242, 1000):
+        options = SYSTEMS["label"].options_for(classes)
+        head = DropMaxHead(classes, posterior="label")
+        assert options[0]["entropy_weight"] == pytest.approx(head.entropy_weight, rel=0.05)
+        assert options[0]["auxiliary_weight"] == pytest.approx(head.auxiliary_weight, rel=0.05)
+        assert head.entropy_weight == min(1, 30 / classes)
+        assert head.auxiliary_weight == pytest.approx(0.1 * head.entropy_weight)
+    assert SYSTEMS["random"].options_for(1000) == SYSTEMS["random"].options
+    assert train.COLUMNS["digits"].classes == data.digits().classes
+
+
 def test_settings_are_chosen_by_validation_error():
     def record(error, nll):
         return {"result": {"measures": {"(18)": {"error %": error, "NLL": nll}, "(16)": {"error %": 0.0, "NLL": 0.0}}}}

@@ -15,6 +15,8 @@ from tf_dropmax.seeds import next_seed
 PREDICT_MODES = ("expected", "sampled", "exact", "softmax")
 POSTERIORS = ("prior", "label")
 
+_FULL_WEIGHT_CLASSES = 30  # with more, the default weights of what is summed over classes fall in proportion
+
 _KINDS = ("initializer", "regularizer", "constraint")
 
 
@@ -48,8 +50,10 @@ class DropMaxHead(keras.layers.Layer):
             probability; it trains on eq. (18) with the entropy term, and there is no KL divergence. Defaults to `True`.
         temperature: Positive float, temperature of the relaxed masks (6); small values are closer to hard masks. Defaults
             to 0.1, as in the paper.
-        entropy_weight: Non-negative float, the paper's lambda, weight of the entropy regulariser (14). Larger values push
-            retain probabilities towards 1/2. Defaults to 1.0.
+        entropy_weight: Non-negative float, the paper's lambda, weight of the entropy regulariser (14); or `None`:
+            `min(1, 30 / units)`. Larger values push retain probabilities towards 1/2. The regulariser is a sum over all classes
+            and acts on the features too: with many classes the paper's largest weight, 1, can keep a network from learning
+            anything. Defaults to `None`.
         use_bias: Bool, whether both branches have a bias. Defaults to `True`.
         kernel_initializer, retain_kernel_initializer: Initializers of the two kernels. Default to `"glorot_uniform"`.
         bias_initializer, retain_bias_initializer: Initializers of the two biases. Default to `"zeros"`.
@@ -67,8 +71,8 @@ class DropMaxHead(keras.layers.Layer):
             informs about the label (NeurIPS 2018), see `tf_dropmax.functional.posterior_scores`; it adds the weights
             `auxiliary_kernel` and `auxiliary_bias`, made like those of the retain branch, which prediction does not use.
             Defaults to `"prior"`.
-        auxiliary_weight: Non-negative float, weight of the auxiliary classifier's loss with `posterior="label"`. The paper
-            has 1.0; that loss is a sum over all classes, so with many of them a smaller weight is needed. Defaults to 0.1.
+        auxiliary_weight: Non-negative float, weight of the auxiliary classifier's loss with `posterior="label"`, also a sum
+            over all classes; 1.0 is as published. `None`: `min(0.1, 3 / units)`. Defaults to `None`.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`, as for every Keras layer.
 
     Input shape:
@@ -101,7 +105,7 @@ class DropMaxHead(keras.layers.Layer):
         retain_probability=None,
         stochastic=True,
         temperature=0.1,
-        entropy_weight=1.0,
+        entropy_weight=None,
         use_bias=True,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
@@ -119,7 +123,7 @@ class DropMaxHead(keras.layers.Layer):
         predict_samples=30,
         seed=None,
         posterior="prior",
-        auxiliary_weight=0.1,
+        auxiliary_weight=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -143,7 +147,8 @@ class DropMaxHead(keras.layers.Layer):
                 "`posterior='label'` needs masks, `stochastic=True`. Received: posterior='label', stochastic=False"
             )
         self.posterior = check_one_of("posterior", posterior, POSTERIORS)
-        self.auxiliary_weight = check_weight("auxiliary_weight", auxiliary_weight)
+        scale = min(1.0, _FULL_WEIGHT_CLASSES / self.units)
+        self.auxiliary_weight = 0.1 * scale if auxiliary_weight is None else check_weight("auxiliary_weight", auxiliary_weight)
         self.retain_probability = retain_probability
         self.stochastic = check_boolean("stochastic", stochastic)
         self.use_bias = check_boolean("use_bias", use_bias)
@@ -168,7 +173,8 @@ class DropMaxHead(keras.layers.Layer):
         self._predict_seeds = keras.random.SeedGenerator(None if seed is None else (self.seed + 1) % 2**62)
         # What may be set at any time is read in the graph, so that a compiled function sees it change. Not weights: a file of
         # weights does not depend on them, and `weights` are what `Dense` would have.
-        train, predict = _train_setting(entropy_weight, temperature), _predict_setting(predict_mode, predict_samples)
+        train = _train_setting(scale if entropy_weight is None else entropy_weight, temperature)
+        predict = _predict_setting(predict_mode, predict_samples)
         with tf.init_scope():
             # 64 bits: TensorFlow keeps 32-bit integer variables in host memory, where XLA on a GPU cannot read them; and a
             # float is then exactly what was set.

@@ -16,15 +16,22 @@ from tf_dropmax.experiments.networks import decay
 class System(NamedTuple):
     """`build(classes, seed, l2, **settings)` gives head and loss; `rows` name the ways to predict.
 
-    A search chooses among `DECAYS`, which are the same for every system, and `options`, the settings that a system has of
-    its own; the first of these are its defaults. It goes by the measures of the first row. `fit(log_probabilities, labels)`
-    gives settings that are not searched but fitted, after training, to what the first row predicts for validation data.
+    A search chooses among `DECAYS`, which are the same for every system, and the settings that a system has of its own, `options`
+    for up to 30 classes; the first of these are its defaults. It goes by the measures of the first row.
+    `fit(log_probabilities, labels)` gives settings that are not searched but fitted, after training, to what the first row
+    predicts for validation data.
     """
 
     build: callable
     rows: dict
     options: list
     fit: callable = None
+
+    def options_for(self, classes):
+        """Beyond 30 classes, weights of what is summed over classes fall in proportion, as do the defaults of the head."""
+        scale = min(1.0, 30 / classes)
+        summed = ("entropy_weight", "auxiliary_weight")
+        return [{k: float(f"{scale * v:.2g}") if k in summed else v for k, v in each.items()} for each in self.options]
 
 
 def _logits(classes, seed, l2):

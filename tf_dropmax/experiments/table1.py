@@ -120,9 +120,10 @@ def run(
         return {method: record["job"]["settings"] for method, record in best.items()}
 
     fitted = {}
-    chosen = {method: {"l2": DECAYS[0], **systems[method].options[0]} for method in methods}
+    options = {method: systems[method].options_for(train.COLUMNS[column].classes) for method in methods}
+    chosen = {method: {"l2": DECAYS[0], **options[method][0]} for method in methods}
     if budget > 1:
-        others = {method: systems[method].options[1:][: budget // 2] for method in methods}
+        others = {method: options[method][1:][: budget // 2] for method in methods}
         decays = {method: DECAYS[: budget - len(others[method])] for method in methods}
         chosen = search({method: [{**chosen[method], "l2": l2} for l2 in decays[method]] for method in methods})
         best = {method: [chosen[method], *({**chosen[method], **other} for other in others[method])] for method in methods}

@@ -20,6 +20,7 @@ class Column(NamedTuple):
     """Data of one column of the table. While settings are searched, `search_per_class` images a class train."""
 
     dataset: str
+    classes: int
     train_per_class: int | None
     search_per_class: int | None
     validation: int
@@ -36,16 +37,16 @@ class Protocol(NamedTuple):
 
 # Iterations of "released": 200 epochs of the 1,000 and 5,000 images, 1,000 of the 200 fours and nines, 60 of Omniglot.
 COLUMNS = {
-    "mnist-1k": Column("mnist", 100, 100, 5000, 2000),
-    "mnist-5k": Column("mnist", 500, 500, 5000, 10_000),
-    "mnist-55k": Column("mnist", None, None, 5000, 20_000),
-    "omniglot-242": Column("omniglot242", 15, 12, 726, 2220),
-    "mnist-4-9": Column("mnist49", 100, 100, 2000, 2000),
-    "omniglot-968": Column("omniglot968", 15, 12, 2904, 8760),
-    "cifar-10": Column("cifar10", None, None, 5000, 64_000),
-    "cifar-100": Column("cifar100", None, None, 5000, 64_000),
-    "awa2": Column("awa2", None, None, 5000, 20_000),
-    "digits": Column("digits", 30, 30, 300, 600),
+    "mnist-1k": Column("mnist", 10, 100, 100, 5000, 2000),
+    "mnist-5k": Column("mnist", 10, 500, 500, 5000, 10_000),
+    "mnist-55k": Column("mnist", 10, None, None, 5000, 20_000),
+    "omniglot-242": Column("omniglot242", 242, 15, 12, 726, 2220),
+    "mnist-4-9": Column("mnist49", 2, 100, 100, 2000, 2000),
+    "omniglot-968": Column("omniglot968", 968, 15, 12, 2904, 8760),
+    "cifar-10": Column("cifar10", 10, None, None, 5000, 64_000),
+    "cifar-100": Column("cifar100", 100, None, None, 5000, 64_000),
+    "awa2": Column("awa2", 50, None, None, 5000, 20_000),
+    "digits": Column("digits", 10, 30, 30, 300, 600),
 }
 PROTOCOLS = {
     "paper": Protocol(networks.tutorial_cnn, 50, 1e-4, False, 20_000),
