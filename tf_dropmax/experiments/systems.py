@@ -16,8 +16,8 @@ from tf_dropmax.experiments.networks import decay
 class System(NamedTuple):
     """`build(classes, seed, l2, **settings)` gives head and loss; `rows` name the ways to predict.
 
-    A search chooses among `DECAYS`, which are the same for every system, and the settings that a system has of its own, `options`
-    for up to 30 classes; the first of these are its defaults. It goes by the measures of the first row.
+    A search chooses among `DECAYS`, which are the same for every system, and `options`, the settings that a system has of its
+    own, here for up to 30 classes; the first of these are its defaults. It goes by the measures of the first row.
     `fit(log_probabilities, labels)` gives settings that are not searched but fitted, after training, to what the first row
     predicts for validation data.
     """
