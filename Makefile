@@ -1,28 +1,42 @@
 # Everything is installed into .venv; all that is needed beforehand is Python (3.10 or newer, with venv) and make.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test format clean
+.PHONY: demo test test-oldest test-newest format clean
 
-demo: .venv/installed-experiments
+demo: $(VENV)/installed-experiments
 	$(BIN)/python -m tf_dropmax.experiments demo $(ARGS)
 
-test: .venv/installed-test
+test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-format: .venv/installed-test
+# The same with the oldest dependencies that setup.cfg admits, its lower bounds, and with the newest that there are now.
+test-oldest: .venv-oldest/constraints.txt
+	PIP_CONSTRAINT='$(CURDIR)/$<' $(MAKE) test VENV=.venv-oldest
+
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest
+
+.venv-oldest/constraints.txt: setup.cfg
+	rm -rf .venv-oldest
+	mkdir .venv-oldest
+	sed -n 's/^ *\([a-z-]*\)\(\[[a-z]*\]\)\{0,1\}>=\([0-9.]*\)$$/\1==\3/p' $< > $@
+
+format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info
 
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/installed-%: setup.cfg pyproject.toml | $(BIN)/python
+$(VENV)/installed-%: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
