@@ -69,7 +69,8 @@ class DropMaxHead(keras.layers.Layer):
         posterior: `"prior"` or `"label"`: where the training masks come from. `"prior"`: from the retain probabilities
             themselves (9), as in the submission. `"label"`: from a posterior that an auxiliary classifier on the same features
             informs about the label (NeurIPS 2018), see `tf_dropmax.functional.posterior_scores`; it adds the weights
-            `auxiliary_kernel` and `auxiliary_bias`, made like those of the retain branch, which prediction does not use.
+            `auxiliary_kernel` and `auxiliary_bias`, which start at zero, so that the posterior starts as the prior, have the
+            regularizers and constraints of the retain branch, and are not used by prediction.
             Defaults to `"prior"`.
         auxiliary_weight: Non-negative float, weight of the auxiliary classifier's loss with `posterior="label"`, also a sum
             over all classes; 1.0 is as published. `None`: `min(0.1, 3 / units)`. Defaults to `None`.
@@ -291,18 +292,20 @@ class DropMaxHead(keras.layers.Layer):
 
     def _add_branch(self, features, prefix=""):
         """Kernel and bias of one of the branches; the bias is `None` without `use_bias`."""
-        like = prefix and "retain_"  # the auxiliary branch is made like the retain branch
+        like = prefix and "retain_"  # the auxiliary branch has what the retain branch has, but for its start
 
-        def weight(name, shape, offset):
+        def weight(name, shape):
             initializer, regularizer, constraint = (getattr(self, f"{like}{name}_{kind}") for kind in _KINDS)
             if prefix == "auxiliary_":
-                initializer = _reseeded(initializer, self.seed, offset)
+                # The posterior starts as the prior. Else the divergence between the two, a sum over all classes, comes before
+                # all else, and with a thousand of them the features vanish before they have learned anything.
+                initializer = "zeros"
             return self.add_weight(
                 name=prefix + name, shape=shape, initializer=initializer, regularizer=regularizer, constraint=constraint
             )
 
-        kernel = weight("kernel", (features, self.units), 4)
-        return kernel, weight("bias", (self.units,), 5) if self.use_bias else None
+        kernel = weight("kernel", (features, self.units))
+        return kernel, weight("bias", (self.units,)) if self.use_bias else None
 
     def call(self, inputs, training=False, mask=None):
         """Scores (in training) or log-probabilities.
@@ -510,12 +513,7 @@ def _initializer(identifier, seed, offset):
     initializer = keras.initializers.get(identifier)
     if seed is None or not isinstance(initializer, keras.initializers.Initializer):
         return initializer
-    return initializer if initializer.get_config().get("seed", 0) is not None else _reseeded(initializer, seed, offset)
-
-
-def _reseeded(initializer, seed, offset):
-    """Another initializer of the same kind, which draws other numbers if it is random."""
-    if not isinstance(initializer, keras.initializers.Initializer) or "seed" not in initializer.get_config():
+    config = initializer.get_config()
+    if config.get("seed", 0) is not None:
         return initializer
-    seed = None if seed is None else (seed + offset) % 2**31
-    return type(initializer).from_config({**initializer.get_config(), "seed": seed})
+    return type(initializer).from_config({**config, "seed": (seed + offset) % 2**31})
