@@ -118,7 +118,6 @@ def test_sequences_and_subclassed_models(rng, run_eagerly):
         ({"entropy_weight": 0.3}, "`entropy_weight` must be a function"),
         ({"temperature": lambda epoch: 1.0, "batch_size": 0}, "`batch_size` must be a positive int"),
     ],
-    ids=str,
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
