@@ -1,4 +1,4 @@
-"""Saving, loading, copying, exporting, resuming."""
+"""Saving, loading, copying, resuming."""
 
 import json
 import subprocess
@@ -8,7 +8,6 @@ import textwrap
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import tf_dropmax
 from tf_dropmax import DropMaxHead, DropMaxLoss
@@ -102,21 +101,6 @@ def test_a_saved_model_keeps_the_mode_that_was_set(trained, tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert (loaded.layers[-1].predict_mode, loaded.layers[-1].predict_samples) == ("exact", 12)
     np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
-
-
-@pytest.mark.parametrize("mode", ["expected", "sampled", "exact", "softmax"])
-def test_exported_saved_model_serves_the_mode_that_was_set(trained, tmp_path, mode):
-    model, x, _ = trained()
-    model.layers[-1].predict_mode = mode
-    model.export(tmp_path / "served", verbose=False)
-    served = tf.saved_model.load(tmp_path / "served")
-    first, second = served.serve(x).numpy(), served.serve(x).numpy()
-    np.testing.assert_allclose(np.exp(first).sum(-1), 1, atol=1e-5)
-    if mode == "sampled":
-        assert np.abs(first - second).max() > 1e-3
-    else:
-        np.testing.assert_allclose(first, model.predict(x, verbose=0), atol=1e-6)
-        np.testing.assert_array_equal(first, second)
 
 
 def test_a_resumed_training_is_the_training_that_was_not_stopped(blobs, tmp_path):

@@ -139,7 +139,7 @@ def _entropy(retain_logits):
 
 @tf.custom_gradient
 def _log_sigmoid(x):
-    value = tf.maximum(tf.minimum(x, 0), -_LIMIT) - tf.math.log1p(tf.exp(-tf.abs(x)))
+    value = tf.maximum(tf.minimum(x, 0), -_LIMIT) - tf.nn.softplus(-tf.abs(x))
     return value, lambda upstream: upstream * (0.5 - 0.5 * _balance(x))
 
 
@@ -461,7 +461,8 @@ def _log_quadrature(logits, retain_logits):
         def add(index, _, *totals):
             position = first + width * tf.cast(index, logits.dtype)
             y = tf.exp(tf.minimum(position + relative, 5.0))  # s w; at exp(5), exp(-s w) is 0 already
-            decay, loss = tf.exp(-y), -tf.math.expm1(-y)
+            decay = tf.exp(-y)
+            loss = tf.tanh(0.5 * y) * (1 + decay)  # 1 - exp(-y)
             phi = tf.maximum(drop + retain * decay, tiny)
             # Near 1, phi has lost digits that a sum over many classes would miss: 1 - phi is `retain * loss`.
             log_phi = tf.math.log(phi) + tf.where(phi > 0.5, (1 - phi - retain * loss) / phi, 0)

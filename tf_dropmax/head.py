@@ -17,6 +17,7 @@ POSTERIORS = ("prior", "label")
 
 _FULL_WEIGHT_CLASSES = 30  # with more, the default weights of what is summed over classes fall in proportion
 
+_EXPORT = inspect.unwrap(keras.Model.export).__code__
 _KINDS = ("initializer", "regularizer", "constraint")
 
 
@@ -365,6 +366,11 @@ class DropMaxHead(keras.layers.Layer):
             "exact": lambda: functional.exact(logits, retain_logits),
             "softmax": lambda: functional.softmax(logits),
         }
+        target = _export_format()
+        if target == "onnx" and self.predict_mode == "sampled":
+            raise ValueError("tf2onnx cannot convert the random numbers of mode 'sampled'. Received: predict_mode='sampled'")
+        if target is not None:  # the mode will not change any more, and other runtimes understand no switch
+            return modes[self.predict_mode]()
         index = tf.cast(state[0], tf.int32)
         return tf.ensure_shape(tf.switch_case(index, [modes[name] for name in PREDICT_MODES]), logits.shape)
 
@@ -492,6 +498,18 @@ def _predict_setting(mode, samples):
     """What the variable of prediction holds."""
     mode = check_one_of("predict_mode", mode, PREDICT_MODES)
     return [PREDICT_MODES.index(mode), check_positive_int("predict_samples", samples)]
+
+
+def _export_format():
+    """The format that `keras.Model.export` is tracing the head for, else `None`: Keras has no other sign of it."""
+    graph = tf.compat.v1.get_default_graph()
+    # A function within the model may have been traced before, and will be used afterwards.
+    if tf.executing_eagerly() or isinstance(graph.outer_graph, tf.__internal__.FuncGraph):
+        return None
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _EXPORT:
+        frame = frame.f_back
+    return frame and frame.f_locals["format"]
 
 
 def _check_floating(dtype):
