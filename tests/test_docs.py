@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_dropmax
-from tf_dropmax import callbacks, functional, head, losses
+from tf_dropmax import callbacks, functional, head, losses, tuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,9 +33,11 @@ def test_readme_names_the_modes():
     assert sorted(table) == sorted(head.PREDICT_MODES)
 
 
-@pytest.mark.parametrize("module", [callbacks, functional, head, losses], ids=lambda m: m.__name__)
-def test_docstrings(module):
+@pytest.mark.parametrize("module", [callbacks, functional, head, losses, tuning], ids=lambda m: m.__name__)
+def test_docstrings(module, tmp_path):
     names = {"keras": keras, "np": np, "tf": tf, "tf_dropmax": tf_dropmax}
+    if module is tuning:
+        names |= {"keras_tuner": keras_tuner, "tuning": tuning, "directory": tmp_path}
     result = doctest.testmod(module, globs=names)
     assert result.attempted > 0
     assert result.failed == 0
