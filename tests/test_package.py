@@ -46,6 +46,7 @@ def test_the_library_does_not_need_the_extras():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-def test_the_library_does_not_import_the_experiments():
-    code = "import sys, tf_dropmax; assert not [m for m in sys.modules if m.startswith('tf_dropmax.experiments')]"
+def test_the_library_does_not_import_the_experiments_and_keras_tuner():
+    names = ("tf_dropmax.experiments", "keras_tuner")
+    code = f"import sys, tf_dropmax; assert not [m for m in sys.modules if m.startswith({names})]"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
