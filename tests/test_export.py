@@ -10,9 +10,6 @@ from ai_edge_litert.interpreter import Interpreter
 import tf_dropmax
 from tf_dropmax import DropMaxHead
 
-# keras 3.15 asks numpy 2 for a name that it no longer has, to lend it to tf2onnx
-pytestmark = pytest.mark.filterwarnings("ignore:In the future `np.object` will be defined:FutureWarning")
-
 
 def saved_model(path):
     artifact = tf.saved_model.load(path)
