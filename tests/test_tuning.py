@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from keras_tuner import HyperParameters
 
-from tf_dropmax import tuning
+from tf_dropmax import DropMaxHead, tuning
 from tf_dropmax.tuning import DropMaxHyperModel, dropmax_head
 
 
@@ -42,6 +42,13 @@ def test_the_space(rng):
     assert 0.01 <= min(draws) < 0.0105
     assert 9.5 < max(draws) <= 10
     np.testing.assert_allclose(np.quantile(np.log10(draws), [0.25, 0.5, 0.75]), [-1.25, -0.5, 0.25], atol=0.15)
+
+    many = HyperParameters()
+    dropmax_head(many, 3000)
+    default = float(DropMaxHead(3000).entropy_weight)
+    (entropy_weight,) = many.space
+    found = [entropy_weight.min_value, entropy_weight.default, entropy_weight.max_value]
+    np.testing.assert_allclose(found, [default / 100, default, 10 * default])
 
     dropmax_head(space, 3, tune=tuning.TUNABLE)
     assert [entry.name for entry in space.space] == [*tuning.TUNABLE[:3], "auxiliary_weight", "retain_l2"]

@@ -38,11 +38,12 @@ TUNABLE = ("entropy_weight", "temperature", "posterior", "retain_l2")
 def dropmax_head(hp, units, tune=("entropy_weight",), **kwargs):
     """A `DropMaxHead` with settings from the search space, for any `build(hp)`. By name, these can be tuned:
 
-    - `"entropy_weight"`: log-uniform in [0.01, 10]. The paper tried 0.0001 to 1, and no more.
+    - `"entropy_weight"`: log-uniform, from a hundredth of what it is by default to ten times that: [0.01, 10] unless there are
+      many classes. The paper tried 0.0001 to 1, and no more.
     - `"temperature"`: log-uniform in [0.05, 1]. Above 1 the density of a relaxed mask of retain probability 1/2 is highest in
       the middle, not at 0 and 1; the lower the temperature, the fewer masks are soft enough to pass on a gradient.
-    - `"posterior"`: `"prior"` or `"label"`, and for `"label"` an entry `"auxiliary_weight"`, log-uniform in [0.01, 1]. The
-      paper has 1.
+    - `"posterior"`: `"prior"` or `"label"`, and for `"label"` an entry `"auxiliary_weight"`, log-uniform, from a tenth of its
+      default to ten times that, [0.01, 1] unless there are many classes. The paper has 1.
     - `"retain_l2"`: 0, 1e-4, 1e-3 or 1e-2, the paper's weight decays, for an L2 regularizer of the retain kernel.
 
     An entry of the same name that the tuner was given (`hyperparameters=`) takes the place of the one here: another range,
@@ -80,15 +81,18 @@ def dropmax_head(hp, units, tune=("entropy_weight",), **kwargs):
             "`tune` must not name what has no effect: random DropMax learns no retain probabilities, deterministic attention "
             f"has no masks. Received: tune={sorted(needless)}, retain_probability={retain_probability}, stochastic={stochastic}"
         )
+    defaults = DropMaxHead(units, name="defaults", seed=0).get_config()  # some depend on the number of classes
     settings = {}
     if "entropy_weight" in tune:
-        settings["entropy_weight"] = hp.Float("entropy_weight", 1e-2, 10.0, sampling="log", default=1.0)
+        weight = defaults["entropy_weight"]
+        settings["entropy_weight"] = hp.Float("entropy_weight", weight / 100, weight * 10, sampling="log", default=weight)
     if "temperature" in tune:
         settings["temperature"] = hp.Float("temperature", 0.05, 1.0, sampling="log", default=0.1)
     if "posterior" in tune:
         settings["posterior"] = hp.Choice("posterior", list(POSTERIORS))
         with hp.conditional_scope("posterior", ["label"]):
-            auxiliary_weight = hp.Float("auxiliary_weight", 1e-2, 1.0, sampling="log", default=0.1)
+            weight = defaults["auxiliary_weight"]
+            auxiliary_weight = hp.Float("auxiliary_weight", weight / 10, weight * 10, sampling="log", default=weight)
         settings["auxiliary_weight"] = auxiliary_weight or 0.0  # `None` while the posterior is another
     if "retain_l2" in tune:
         strength = hp.Choice("retain_l2", [0.0, 1e-4, 1e-3, 1e-2])
