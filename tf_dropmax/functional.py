@@ -139,7 +139,7 @@ def _entropy(retain_logits):
 
 @tf.custom_gradient
 def _log_sigmoid(x):
-    value = tf.maximum(tf.minimum(x, 0), -_LIMIT) - tf.nn.softplus(-tf.abs(x))
+    value = tf.maximum(tf.minimum(x, 0), -_LIMIT) - tf.math.log(1 + tf.exp(-tf.abs(x)))
     return value, lambda upstream: upstream * (0.5 - 0.5 * _balance(x))
 
 
