@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tf_dropmax
-from tf_dropmax import callbacks, functional, head, losses, tuning
+from tf_dropmax import callbacks, functional, head, losses, metrics, tuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def test_readme_names_the_modes():
     assert sorted(table) == sorted(head.PREDICT_MODES)
 
 
-@pytest.mark.parametrize("module", [callbacks, functional, head, losses, tuning], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [callbacks, functional, head, losses, metrics, tuning], ids=lambda m: m.__name__)
 def test_docstrings(module, tmp_path):
     names = {"keras": keras, "np": np, "tf": tf, "tf_dropmax": tf_dropmax}
     if module is tuning:
@@ -46,8 +46,8 @@ def test_docstrings(module, tmp_path):
 def test_everything_public_has_an_example():
     functions = [getattr(functional, name) for name in dir(functional) if not name.startswith("_")]
     functions = [f for f in functions if getattr(f, "__module__", None) == functional.__name__]
-    methods = [tf_dropmax.DropMaxHead.from_dense, tf_dropmax.DropMaxHead.retain_probabilities]
+    methods = [getattr(tf_dropmax.DropMaxHead, name) for name in ("from_dense", "retain_probabilities", "uncertainty")]
     public = [getattr(tf_dropmax, name) for name in tf_dropmax.__all__ if name != "functional"]
-    assert len(functions) == 16
+    assert len(functions) == 18
     for thing in [*functions, *methods, *public]:
         assert ">>>" in thing.__doc__, thing

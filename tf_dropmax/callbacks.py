@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tf_dropmax.checks import check_one_of, check_positive_int
 from tf_dropmax.head import PREDICT_MODES, DropMaxHead
+from tf_dropmax.metrics import retain_statistics
 
 
 @contextlib.contextmanager
@@ -251,23 +252,20 @@ _STATISTICS = ("retain_target", "retain_others", "retained_classes", "mask_entro
 def _mask_statistics(head, inputs, labels):
     if len(inputs) != 1:
         raise ValueError(f"Expected a model that calls its head {head.name!r} once. Received: {len(inputs)} calls of it")
-    rho = tf.cast(head.retain_probabilities(inputs[0]), tf.float32)
-    labels = tf.squeeze(labels, -1) if len(labels.shape) == len(rho.shape) else labels
-    target = tf.gather(rho, labels, axis=-1, batch_dims=len(labels.shape))
-    retained = tf.reduce_sum(rho, axis=-1)
+    rho = tf.cast(head.retain_probabilities(inputs[0]), tf.float64)
     entropy = -tf.math.xlogy(rho, rho) - tf.math.xlog1py(1 - rho, -rho)
-    others = (retained - target) / max(head.units - 1, 1)
-    return [tf.reduce_mean(values) for values in (target, others, retained, entropy)]
+    return [tf.reduce_mean(values) for values in (*retain_statistics(labels, rho), entropy)]
 
 
 @contextlib.contextmanager
 def _listening(head):
-    """Inside, what the head is called on is appended to the list that this yields."""
+    """Inside, what the head is called on for its classes is appended to the list that this yields."""
     heard, call = [], head.call
 
-    def listen(inputs, *args, **kwargs):
-        heard.append(inputs)
-        return call(inputs, *args, **kwargs)
+    def listen(inputs, *args, output="classes", **kwargs):
+        if output == "classes":
+            heard.append(inputs)
+        return call(inputs, *args, output=output, **kwargs)
 
     head.call = listen
     try:

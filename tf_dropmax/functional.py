@@ -10,6 +10,8 @@ plus infinity gives NaN; what else is infinite gives NaN or, where there is one,
 its limit 0, so that a softmax that loses every class to its masks is uniform.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import tensorflow as tf
 
@@ -351,39 +353,98 @@ def sampled(logits, retain_logits, samples=30, seed=(0, 0)):
     True
     """
     logits, retain_logits = _broadcast(_clip(logits), _clip(retain_logits))
-    seed = tf.cast(seed, tf.int64)
-
-    def mean_over_masks(term):
-        retain = tf.sigmoid(retain_logits)
-
-        def add(index, total):
-            draws = uniform(tf.shape(logits), tf.stack([seed[0] + index * _SAMPLE_STRIDE, seed[1]]), logits.dtype)
-            # With nothing retained all entries are equal, and the softmax is uniform as it should be.
-            kept = draws < retain
-            p = tf.nn.softmax(tf.where(kept, logits, tf.constant(_DROPPED, logits.dtype)))
-            return index + 1, total + term(p, kept)
-
-        count = tf.cast(samples, tf.int64)
-        start = (tf.zeros((), tf.int64), tf.zeros_like(logits))
-        total = tf.while_loop(lambda index, _: index < count, add, start, parallel_iterations=1)[1]
-        return total / tf.cast(count, logits.dtype)
 
     @tf.custom_gradient
     def log_mean(logits, retain_logits):
-        mean = tf.maximum(mean_over_masks(lambda p, kept: p), _tiny(logits))
+        (mean,) = _means_over_masks(lambda p, kept: [p], 1, logits, retain_logits, samples, seed)
+        mean = tf.maximum(mean, _tiny(logits))
 
         def gradient(upstream):
-            def term(p, kept):
+            def terms(p, kept):
                 pull = upstream * (p / mean)  # the ratio is at most `samples`, whatever the mean
-                return tf.where(kept, pull - p * tf.reduce_sum(pull, axis=-1, keepdims=True), 0)
+                return [tf.where(kept, pull - p * tf.reduce_sum(pull, axis=-1, keepdims=True), 0)]
 
-            return mean_over_masks(term), tf.zeros_like(retain_logits)
+            (by_logits,) = _means_over_masks(terms, 1, logits, retain_logits, samples, seed)
+            return by_logits, tf.zeros_like(retain_logits)
 
         return tf.math.log(mean), gradient
 
     # A NaN retains no class, and would pass for a row that knows nothing.
     broken = _broken(logits, retain_logits)
     return tf.where(broken, tf.constant(np.nan, logits.dtype), log_mean(logits, retain_logits))
+
+
+def _means_over_masks(terms, count, logits, retain_logits, samples, seed):
+    """Means of the `count` tensors `terms(p, kept)`, like `logits` in shape, over drawn masks `kept` and their softmax `p`."""
+    retain, seed = tf.sigmoid(retain_logits), tf.cast(seed, tf.int64)
+    samples = tf.cast(samples, tf.int64)
+
+    def add(index, *totals):
+        draws = uniform(tf.shape(logits), tf.stack([seed[0] + index * _SAMPLE_STRIDE, seed[1]]), logits.dtype)
+        # With nothing retained all entries are equal, and the softmax is uniform as it should be.
+        kept = draws < retain
+        p = tf.nn.softmax(tf.where(kept, logits, tf.constant(_DROPPED, logits.dtype)))
+        return index + 1, *[total + term for total, term in zip(totals, terms(p, kept), strict=True)]
+
+    start = (tf.zeros((), tf.int64), *[tf.zeros_like(logits)] * count)
+    totals = tf.while_loop(lambda index, *_: index < samples, add, start, parallel_iterations=1)[1:]
+    return [total / tf.cast(samples, logits.dtype) for total in totals]
+
+
+class Uncertainty(NamedTuple):
+    """What `uncertainty` returns.
+
+    Attributes:
+        entropy: Shape `(...)`, in nats: the entropy of the prediction (16), in all.
+        mutual_information: Shape `(...)`, in nats: the part of it that comes from not knowing the mask. The rest is the
+            mean entropy of the softmax under one mask.
+        spread: Shape `(..., T)`: standard deviation of the probability of a class over the masks.
+
+    Example:
+
+    >>> result = tf_dropmax.functional.uncertainty([0.0, 0.0], [100.0, 100.0])  # there is one mask only
+    >>> [round(float(value), 4) for value in (result.entropy, result.mutual_information)]
+    [0.6931, 0.0]
+    """
+
+    entropy: tf.Tensor
+    mutual_information: tf.Tensor
+    spread: tf.Tensor
+
+
+def uncertainty(logits, retain_logits, samples=100, seed=(0, 0)):
+    """Uncertainty of the prediction over hard Bernoulli masks `z`, with `p(z)` the softmax (5).
+
+    With `m = E[p(z)]`, eq. (16), by `exact`: the entropy `H(m)`; the mutual information `H(m) - E[H(p(z))]`, as the mean
+    over drawn masks of `KL(p(z) || m)`, which is never negative and, unlike the difference of two estimates, right on
+    average; and the root of the mean of `(p_k(z) - m_k)^2`. One mask is held at a time, as in `sampled`. No gradient.
+
+    Args:
+        logits: Float tensor, shape `(..., T)`.
+        retain_logits: Float tensor, shape `(..., T)`.
+        samples: Positive int or scalar int tensor, number of masks. Defaults to 100.
+        seed: Integer tensor or pair of integers, shape `(2,)`. Defaults to `(0, 0)`.
+
+    Returns:
+        An `Uncertainty` of three tensors. The entropy is exact as `exact` is; the errors of the other two fall as
+        `1 / sqrt(samples)`, so that the mutual information may come out a little above the entropy.
+
+    Example:
+
+    >>> result = tf_dropmax.functional.uncertainty([9.0, 0.0], [0.0, 100.0])  # class 0, or else class 1
+    >>> result.spread.numpy().round(1)
+    array([0.5, 0.5], dtype=float32)
+    """
+    logits, retain_logits = (tf.stop_gradient(x) for x in _broadcast(_clip(logits), _clip(retain_logits)))
+    log_mean = exact(logits, retain_logits)
+    mean = tf.exp(log_mean)
+
+    def terms(p, kept):
+        return [tf.math.xlogy(p, p) - p * log_mean, tf.square(p - mean)]
+
+    divergence, square = _means_over_masks(terms, 2, logits, retain_logits, samples, seed)
+    entropy = -tf.reduce_sum(mean * log_mean, axis=-1)
+    return Uncertainty(entropy, tf.maximum(tf.reduce_sum(divergence, axis=-1), 0), tf.sqrt(square))
 
 
 def exact(logits, retain_logits):

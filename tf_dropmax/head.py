@@ -14,6 +14,7 @@ from tf_dropmax.seeds import next_seed
 
 PREDICT_MODES = ("expected", "sampled", "exact", "softmax")
 POSTERIORS = ("prior", "label")
+OUTPUTS = ("classes", "retain_probabilities")
 
 _FULL_WEIGHT_CLASSES = 30  # with more, the default weights of what is summed over classes fall in proportion
 
@@ -308,19 +309,24 @@ class DropMaxHead(keras.layers.Layer):
         kernel = weight("kernel", (features, self.units))
         return kernel, weight("bias", (self.units,)) if self.use_bias else None
 
-    def call(self, inputs, training=False, mask=None):
-        """Scores (in training) or log-probabilities.
+    def call(self, inputs, training=False, mask=None, *, output="classes"):
+        """Scores (in training) or log-probabilities; or retain probabilities.
 
         Args:
             inputs: Float tensor, shape `(batch, ..., d)`.
             training: Bool. Defaults to `False`.
             mask: `None` or bool tensor, shape `(batch, ...)`, the Keras mask; positions where it is `False` do not count in
                 the entropy term. Defaults to `None`.
+            output: `"classes"` or `"retain_probabilities"`. The second is for a second call of the same layer, which makes
+                the retain probabilities (4) an output of the model; see `tf_dropmax.TargetRetainProbability`. Such a call
+                adds no entropy term. Defaults to `"classes"`.
 
         Returns:
             Tensor of shape `(batch, ..., units)`, float32 (float64 under the policy `"float64"`).
         """
         _check_floating(inputs.dtype)
+        if check_one_of("output", output, OUTPUTS) == "retain_probabilities":
+            return self.retain_probabilities(inputs)
         logits = self._branch(inputs, self.kernel, self.bias)
         if training:
             return self._scores(logits, inputs, mask)
@@ -394,7 +400,28 @@ class DropMaxHead(keras.layers.Layer):
             _check_floating(features.dtype)
             shape = tf.concat([tf.shape(features)[:-1], [self.units]], axis=0)
             return tf.fill(shape, tf.constant(self.retain_probability, self._output_dtype))
-        return tf.sigmoid(self._branch_of(features, "retain"))
+        return tf.sigmoid(self._branch_of(features, "retain_"))
+
+    def uncertainty(self, features, samples=100):
+        """How uncertain a prediction is, and how much of that the masks account for.
+
+        Args:
+            features: Float tensor or array, shape `(batch, ..., d)`, what the head gets as its input.
+            samples: Positive int, number of masks that are drawn. Defaults to 100.
+
+        Returns:
+            A `tf_dropmax.functional.Uncertainty`, see there. The predict mode makes no difference to it.
+
+        Example:
+
+        >>> head = tf_dropmax.DropMaxHead(3, seed=1)
+        >>> entropy, mutual_information, spread = head.uncertainty(np.ones((2, 4), "float32"))
+        >>> mutual_information.shape, spread.shape
+        (TensorShape([2]), TensorShape([2, 3]))
+        """
+        samples = check_positive_int("samples", samples)
+        logits = self._branch_of(features)
+        return functional.uncertainty(logits, self._retain_logits(features, logits), samples, next_seed(self._predict_seeds))
 
     def mask_distribution(self, features):
         """The distribution of the relaxed masks, eq. (6), for `log_prob`, `sample` and the rest.
@@ -422,12 +449,12 @@ class DropMaxHead(keras.layers.Layer):
                 "Only adaptive DropMax has relaxed masks. Received: "
                 f"retain_probability={self.retain_probability}, stochastic={self.stochastic}"
             )
-        logits = self._branch_of(features, "retain")
+        logits = self._branch_of(features, "retain_")
         if self.posterior == "label":
-            logits = functional.posterior_logits(logits, self._branch_of(features, "auxiliary"))
+            logits = functional.posterior_logits(logits, self._branch_of(features, "auxiliary_"))
         return tfp.distributions.RelaxedBernoulli(self.temperature, logits=logits)
 
-    def _branch_of(self, features, prefix):
+    def _branch_of(self, features, prefix=""):
         """Logits of a branch, for features that come from outside `call`."""
         features = tf.convert_to_tensor(features)
         _check_floating(features.dtype)
@@ -436,7 +463,7 @@ class DropMaxHead(keras.layers.Layer):
         expected = self.kernel.shape[0]
         if features.shape[-1] != expected:
             raise ValueError(f"The features must have last dimension {expected}. Received: features.shape={features.shape}")
-        return self._branch(features, getattr(self, f"{prefix}_kernel"), getattr(self, f"{prefix}_bias"))
+        return self._branch(features, getattr(self, f"{prefix}kernel"), getattr(self, f"{prefix}bias"))
 
     @property
     def _output_dtype(self):
@@ -445,8 +472,9 @@ class DropMaxHead(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.units)
 
-    def compute_output_spec(self, inputs, training=False, mask=None):
+    def compute_output_spec(self, inputs, training=False, mask=None, *, output="classes"):
         _check_floating(inputs.dtype)
+        check_one_of("output", output, OUTPUTS)
         return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype=self._output_dtype)
 
     def save_own_variables(self, store):
