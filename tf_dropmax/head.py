@@ -319,7 +319,7 @@ class DropMaxHead(keras.layers.Layer):
                 the entropy term. Defaults to `None`.
             output: `"classes"` or `"retain_probabilities"`. The second is for a second call of the same layer, which makes
                 the retain probabilities (4) an output of the model; see `tf_dropmax.TargetRetainProbability`. Such a call
-                adds no entropy term. Defaults to `"classes"`.
+                adds no entropy term (but Keras applies an `activity_regularizer` to every call). Defaults to `"classes"`.
 
         Returns:
             Tensor of shape `(batch, ..., units)`, float32 (float64 under the policy `"float64"`).
