@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tf_dropmax
-from tf_dropmax import callbacks, functional, head, losses, metrics, tuning
+from tf_dropmax import callbacks, functional, head, losses, metrics, plots, tuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,9 +33,9 @@ def test_readme_names_the_modes():
     assert sorted(table) == sorted(head.PREDICT_MODES)
 
 
-@pytest.mark.parametrize("module", [callbacks, functional, head, losses, metrics, tuning], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [callbacks, functional, head, losses, metrics, plots, tuning], ids=lambda m: m.__name__)
 def test_docstrings(module, tmp_path):
-    names = {"keras": keras, "np": np, "tf": tf, "tf_dropmax": tf_dropmax}
+    names = {"keras": keras, "np": np, "tf": tf, "tf_dropmax": tf_dropmax, "plots": plots}
     if module is tuning:
         names |= {"keras_tuner": keras_tuner, "tuning": tuning, "directory": tmp_path}
     result = doctest.testmod(module, globs=names)
@@ -48,6 +48,7 @@ def test_everything_public_has_an_example():
     functions = [f for f in functions if getattr(f, "__module__", None) == functional.__name__]
     methods = [getattr(tf_dropmax.DropMaxHead, name) for name in ("from_dense", "retain_probabilities", "uncertainty")]
     public = [getattr(tf_dropmax, name) for name in tf_dropmax.__all__ if name != "functional"]
+    public += [f for f in vars(plots).values() if getattr(f, "__module__", None) == plots.__name__ and f.__name__[0] != "_"]
     assert len(functions) == 18
     for thing in [*functions, *methods, *public]:
         assert ">>>" in thing.__doc__, thing

@@ -44,6 +44,10 @@ def test_the_library_does_not_need_the_extras():
     hidden = ["matplotlib", "sklearn"]
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import tf_dropmax; tf_dropmax.DropMaxHead(3)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import tf_dropmax.plots"
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    assert run.returncode
+    assert "pip install 'tf_dropmax[plots]'" in run.stderr
 
 
 def test_the_library_does_not_import_the_experiments_and_keras_tuner():

@@ -276,6 +276,7 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     assert output.read_bytes() == before
     assert main(["convergence", str(output), "--methods", "adaptive", "--seeds", "1", "--workers", "1"]) == 0
+    assert (tmp_path / "digits-convergence.png").read_bytes().startswith(b"\x89PNG")
     (curve,) = convergence.curves(list(runner.read(tmp_path / "digits-convergence.jsonl").values())).values()
     assert curve["step"].tolist() == [6, 12]
     assert curve["test error %"].shape == (1, 2)

@@ -8,22 +8,24 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from tf_dropmax import plots
 from tf_dropmax.experiments import runner, train
 from tf_dropmax.experiments.errors import UserError
 
 
 def run(results, methods=None, seeds=5, workers=2, output=None):
-    """Trains again what `table1` chose, measures on the way, and prints a table.
+    """Trains again what `table1` chose, measures on the way, prints a table, and draws `plots.convergence`.
 
     Args:
         results: Path of a results file of `table1`, which has the settings.
         methods: Sequence of names of systems, or `None`: all that the file has final runs of. Defaults to `None`.
         seeds: Positive int, number of runs of each method, seeds 0, 1, ... Defaults to 5.
         workers: Positive int, number of processes. Defaults to 2.
-        output: Path of the results file, which is added to, or `None`: `RESULTS-convergence.jsonl`. Defaults to `None`.
+        output: Path of the results file, which is added to, or `None`: `RESULTS-convergence.jsonl`. The
+            picture is beside it, a `.png`. Defaults to `None`.
 
     Raises:
-        UserError: if `results` has no final runs of a method; and as `runner.run`.
+        UserError: if `results` has no final runs of a method; if the picture cannot be written; and as `runner.run`.
     """
     results = Path(results)
     chosen = {r["job"]["method"]: r["job"] for r in runner.read(results).values() if r["job"]["phase"] == "final"}
@@ -38,7 +40,14 @@ def run(results, methods=None, seeds=5, workers=2, output=None):
     jobs = [{**chosen[method], "seed": seed, "phase": "curve"} for seed in range(seeds) for method in methods]
     execute = partial(train.execute, folder=str(output.with_suffix(".part")))
     records = runner.run(execute, jobs, output, workers, console)
-    console.print(_table(curves(records)))
+    found = curves(records)
+    console.print(_table(found))
+    picture = output.with_suffix(".png")
+    try:
+        plots.convergence(found).savefig(picture, dpi=150)
+    except OSError as error:
+        raise UserError(f"The picture cannot be written to {picture} ({error.strerror or error}).") from error
+    console.print(f"picture: {picture}", soft_wrap=True)
 
 
 def curves(records):

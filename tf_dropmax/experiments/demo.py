@@ -6,12 +6,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict
+from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, plots
 from tf_dropmax.experiments import data, networks
 from tf_dropmax.experiments.errors import UserError
 from tf_dropmax.experiments.measures import MEASURES
@@ -128,25 +127,10 @@ def _table(results, seeds):
     return table
 
 
-def _picture(model, test, count=5):
-    """Retain probabilities of the `count` most clear-cut and the `count` most confusing test images."""
+def _picture(model, test):
+    """The easiest and the hardest test images, with their retain probabilities."""
     x, y = test
-    p = np.sort(np.exp(model.predict(x, batch_size=1000, verbose=0)), axis=-1)
-    order = np.argsort(p[:, -2] - p[:, -1])  # by the margin between the two most probable classes
-    rows = {"easy": order[:count], "confusing": order[::-1][:count]}
-    figure = Figure(figsize=(2.1 * count, 6.6), layout="constrained")
-    figure.suptitle("Retain probability of every class (dark bar: the label)")
-    axes = figure.subplots(4, count, squeeze=False, gridspec_kw={"height_ratios": [2, 1.3, 2, 1.3]})
-    for group, (title, chosen) in enumerate(rows.items()):
-        retain = model.layers[-1].retain_probabilities(model.layers[0](x[chosen])).numpy()
-        probabilities = np.exp(model(x[chosen]))
-        for column, index in enumerate(chosen):
-            image, bars = axes[2 * group][column], axes[2 * group + 1][column]
-            image.imshow(1 - x[index, ..., 0], cmap="gray", vmin=0, vmax=1)
-            image.set_axis_off()
-            image.set_title(f"{title}: {y[index]} read as {probabilities[column].argmax()}", fontsize=9)
-            classes = np.arange(retain.shape[1])
-            bars.bar(classes, retain[column], color=np.where(classes == y[index], "black", "0.65"))
-            bars.set(ylim=(0, 1), xticks=classes, yticks=[0, 0.5, 1])
-            bars.tick_params(labelsize=7, labelleft=column == 0)
-    return figure
+    log_p = model.predict(x, batch_size=1000, verbose=0)
+    shown = np.concatenate(plots.easy_and_hard(log_p, y))
+    retain = model.layers[-1].retain_probabilities(model.layers[0](x[shown]))
+    return plots.examples(x[shown], retain, log_p[shown], y[shown])

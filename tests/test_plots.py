@@ -1,0 +1,207 @@
+"""What the pictures say is what the arrays say. (That they are good to look at, no test can tell.)"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dropmax
+from tf_dropmax import plots
+
+T = 6
+
+
+@pytest.fixture
+def predictions():
+    draw = np.random.default_rng(0)
+    logits, retain_logits = draw.normal(size=(2, 200, T)) * 2
+    log_p = tf_dropmax.functional.expected(logits, retain_logits).numpy()
+    return log_p, draw.integers(T, size=200), 1 / (1 + np.exp(-retain_logits))
+
+
+def rendered(drawn):
+    """Pixels; the layout is made only when a picture is drawn, and warns then if it does not fit."""
+    figure = getattr(drawn, "figure", drawn)
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_contours():
+    figure = rendered(plots.contours([(0.9, 0.4), (0.5, 0.5)]))
+    softmax, shifted, _, _ = figure.axes
+    assert softmax.get_title() == "softmax"
+    # The second class is dropped the more often, so that at equal logits the first one wins.
+    at_centre = np.exp(tf_dropmax.functional.exact(np.zeros(2), np.log([9.0, 2 / 3])))[0]
+    assert at_centre == pytest.approx(0.9 * 0.6 + (0.9 * 0.4 + 0.1 * 0.6) / 2)
+    labels = {text.get_text(): text for text in shifted.texts}
+    for text in labels.values():
+        x, y = text.get_position()
+        p = np.exp(tf_dropmax.functional.exact(np.array([x, y]), np.log([9.0, 2 / 3])))[0]
+        assert p == pytest.approx(float(text.get_text()), abs=0.02)
+    assert labels
+
+
+@pytest.mark.parametrize("bad", [[0.5, 0.5], [(0.5, 1.0)], [(0.2, 0.3, 0.4)]])
+def test_contours_refuse(bad):
+    with pytest.raises(ValueError, match="pairs of numbers between 0 and 1"):
+        plots.contours(bad)
+
+
+def test_decision_boundaries():
+    x = np.random.default_rng(0).normal(size=(50, 2)).astype("float32")
+    y = (x[:, 0] > 0).astype(int)
+    seen = []
+
+    def predict(grid):
+        seen.append(grid)
+        return np.stack([-grid[:, 0], grid[:, 0]], axis=-1)
+
+    figure = rendered(plots.decision_boundaries({"one": predict, "two": predict}, x, y))
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
+    assert seen[0].shape == (40_000, 2)
+    assert seen[0].dtype == np.float32
+    boundary = figure.axes[0].collections[1].get_paths()[0].vertices
+    np.testing.assert_allclose(boundary[:, 0], 0, atol=0.05)
+    points = [c.get_offsets() for c in figure.axes[0].collections if len(c.get_offsets()) > 1]
+    assert sum(map(len, points)) == 50
+    with pytest.raises(ValueError, match=r"'flat' must return shape \(40000, T\)"):
+        plots.decision_boundaries({"flat": lambda grid: grid[:, 0]}, x, y)
+    with pytest.raises(ValueError, match="function"):
+        plots.decision_boundaries({}, x, y)
+
+
+def test_convergence():
+    curves = {
+        "base": {"step": np.arange(3), "test NLL": np.array([[3.0, 2.0, 1.0], [5.0, 2.0, 1.0]])},
+        "adaptive": {"step": np.arange(3), "test NLL": np.array([[3.0, 1.0, 0.5]])},
+    }
+    figure = rendered(plots.convergence(curves, ["test NLL"]))
+    (axes,) = figure.axes
+    lines = [line.get_ydata().tolist() for line in axes.lines]
+    assert lines == [[4, 2, 1], [3, 1, 0.5]]
+    assert axes.get_yscale() == "log"
+    styles = {(line.get_linestyle(), line.get_marker()) for line in axes.lines}
+    assert len(styles) == 2
+    curves["base"]["test NLL"] -= 3
+    assert rendered(plots.convergence(curves, ["test NLL"])).axes[0].get_yscale() == "linear"
+    with pytest.raises(ValueError, match="lacks"):
+        plots.convergence(curves, ["train NLL"])
+    with pytest.raises(ValueError, match="must be curves"):
+        plots.convergence({})
+
+
+def test_easy_and_hard(predictions):
+    log_p, y, _ = predictions
+    easy, hard = plots.easy_and_hard(log_p, y, 3)
+    of_label = log_p[np.arange(200), y]
+    assert of_label[easy].tolist() == sorted(of_label)[:-4:-1]
+    assert of_label[hard].tolist() == sorted(of_label)[:3]
+    assert [len(part) for part in plots.easy_and_hard(log_p[:2], y[:2], 3)] == [2, 2]
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_examples(predictions, channels):
+    log_p, y, rho = (values[:3] for values in predictions)
+    masks = (np.random.default_rng(0).random((3, 4, T)) < rho[:, None]).astype("float32")
+    images = np.random.default_rng(1).random((3, 8, 8, *channels))
+    figure = rendered(plots.examples(images, rho, log_p, y, masks, class_names="abcdef"))
+    assert len(figure.axes) == 3 * 4 + 1  # and the colour bar
+    for row in range(3):
+        image, retained, predicted, drawn = (axes.get_images()[0].get_array() for axes in figure.axes[4 * row : 4 * row + 4])
+        np.testing.assert_array_equal(image, images[row].squeeze())
+        np.testing.assert_allclose(retained, rho[row : row + 1])
+        np.testing.assert_allclose(predicted, np.exp(log_p[row : row + 1]))
+        np.testing.assert_array_equal(drawn, masks[row])
+        assert figure.axes[4 * row].get_ylabel() == "abcdef"[y[row]]
+        assert figure.axes[4 * row + 1].lines[0].get_xdata().min() == y[row] - 0.5
+
+
+def test_examples_with_very_many_classes():
+    rho = np.full((2, 1000), 0.5)
+    figure = rendered(plots.examples(np.zeros((2, 4, 4)), rho, np.log(np.full((2, 1000), 1e-3)), np.array([0, 999])))
+    assert len(figure.axes[4].get_xticks()) <= 30
+
+
+def test_class_averages_and_confusion(predictions):
+    log_p, y, rho = predictions
+    axes = rendered(plots.class_averages(rho, y)).axes[0]
+    expected = [rho[y == label].mean(0) for label in range(T)]
+    np.testing.assert_allclose(axes.get_images()[0].get_array(), expected)
+    first, second, third, *_ = rendered(plots.confusion(log_p, y, rho)).axes
+    probabilities = [np.exp(log_p[y == label]).mean(0) for label in range(T)]
+    off = ~np.eye(T, dtype=bool)
+    np.testing.assert_allclose(first.get_images()[0].get_array()[off], np.array(probabilities)[off])
+    assert second.get_images()[0].get_array().mask.tolist() == np.eye(T, dtype=bool).tolist()
+    points = third.collections[0].get_offsets()
+    np.testing.assert_allclose(points, np.stack([np.array(expected)[off], np.array(probabilities)[off]], axis=-1))
+    # A class without an example is a row without values.
+    assert np.ma.getmaskarray(plots.class_averages(rho[y > 0], y[y > 0]).get_images()[0].get_array())[0].all()
+
+
+def test_confusion_of_a_head_that_retains_all_alike(predictions):
+    log_p, y, rho = predictions
+    assert "nan" in rendered(plots.confusion(log_p, y, np.full_like(rho, 0.5))).axes[2].get_title()
+
+
+def test_top_and_bottom():
+    axes = rendered(plots.top_and_bottom([0.9, 0.1, 0.5, 0.7, 0.3], count=1, label=1)).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1"]
+    assert [bar.get_width() for bar in axes.patches] == [0.9, 0.1]
+    assert [bar.get_hatch() for bar in axes.patches] == ["", "///"]
+    assert "3 more" in axes.texts[0].get_text()
+    axes = plots.top_and_bottom(np.array([[0.2, 0.4], [0.4, 1.0]]), count=1)
+    np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [0.7, 0.3])
+    assert not axes.texts
+
+
+@pytest.mark.parametrize("bins", [1, 7, 15])
+def test_reliability_diagram(predictions, bins):
+    log_p, y, _ = predictions
+    axes = rendered(plots.reliability_diagram(log_p, y, bins)).axes[0]
+    error = float(tf_dropmax.ExpectedCalibrationError(bins)(y, log_p))
+    assert axes.get_title() == f"calibration error {100 * error:.1f} %"
+    assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(1)
+
+
+def test_axes_of_the_caller_are_drawn_into(predictions):
+    log_p, y, rho = predictions
+    figure = plots.Figure(layout="constrained")
+    first, second, third = figure.subplots(1, 3)
+    assert plots.reliability_diagram(log_p, y, axes=first) is first
+    assert plots.top_and_bottom(rho[0], axes=second) is second
+    assert plots.class_averages(rho, y, axes=third) is third
+    rendered(figure)
+
+
+def test_tensors_and_a_model_will_do():
+    head = tf_dropmax.DropMaxHead(T, seed=0)
+    model = keras.Sequential([keras.Input((4,)), head])
+    x, y = np.random.default_rng(0).normal(size=(30, 4)).astype("float32"), np.arange(30) % T
+    figure = plots.confusion(model(x), tf.constant(y), head.retain_probabilities(x))
+    rendered(figure)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, y, r: plots.reliability_diagram(p + 1, y), "tf.nn.log_softmax"),
+        (lambda p, y, r: plots.reliability_diagram(np.exp(p), y), "sum to 1"),
+        (lambda p, y, r: plots.reliability_diagram(p * np.nan, y), "sum to 1"),
+        (lambda p, y, r: plots.reliability_diagram(p[0], y), r"\(N, T\)"),
+        (lambda p, y, r: plots.reliability_diagram(p, y[:-1]), r"\(200,\)"),
+        (lambda p, y, r: plots.reliability_diagram(p, y + 1.0), "integers"),
+        (lambda p, y, r: plots.reliability_diagram(p, y + 1), r"in \[0, 6\)"),
+        (lambda p, y, r: plots.reliability_diagram(p[:0], y[:0]), "at least one"),
+        (lambda p, y, r: plots.reliability_diagram(p, y, bins=0), "bins"),
+        (lambda p, y, r: plots.confusion(p, y, r[:, :3]), r"\(200, 6\)"),
+        (lambda p, y, r: plots.confusion(p, y, 2 * r), r"in \[0, 1\]"),
+        (lambda p, y, r: plots.class_averages(r, y, class_names="ab"), "each of the 6 classes"),
+        (lambda p, y, r: plots.examples(np.zeros((3, 4, 4)), r, p, y), "height"),
+        (lambda p, y, r: plots.examples(np.zeros((200, 4, 4)), r, p, y, masks=r), r"\(N, S, T\)"),
+        (lambda p, y, r: plots.decision_boundaries({"a": None}, r, y), r"\(N, 2\)"),
+        (lambda p, y, r: plots.top_and_bottom(r, count=0), "count"),
+    ],
+)
+def test_bad_input_is_refused(predictions, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*predictions)
