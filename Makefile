@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-oldest test-newest format clean
+.PHONY: demo test test-oldest test-newest api notebooks format clean
 
 demo: $(VENV)/installed-experiments
 	$(BIN)/python -m tf_dropmax.experiments demo $(ARGS)
@@ -26,6 +26,15 @@ test-newest:
 	rm -rf .venv-oldest
 	mkdir .venv-oldest
 	sed -n 's/^ *\([a-z-]*\)\(\[[a-z]*\]\)\{0,1\}>=\([0-9.]*\)$$/\1==\3/p' $< > $@
+
+# The reference of all that is public, as web pages in build/api.
+api: $(VENV)/installed-test
+	$(BIN)/pdoc --docformat google --output-directory build/api tf_dropmax tf_dropmax.plots tf_dropmax.tuning
+
+# Runs the notebooks and stores what they show in them.
+notebooks: $(VENV)/installed-test
+	TF_DROPMAX_STORE_NOTEBOOKS=1 $(BIN)/python -m pytest -n auto tests/test_notebooks.py
+	$(BIN)/ruff format notebooks
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .

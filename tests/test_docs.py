@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import keras_tuner
 import numpy as np
+import pdoc
 import pytest
 import tensorflow as tf
 
@@ -41,6 +42,17 @@ def test_docstrings(module, tmp_path):
     result = doctest.testmod(module, globs=names)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_api_reference(tmp_path):
+    command = re.search(r"pdoc (--docformat google) --output-directory \S+ (.*)", (ROOT / "Makefile").read_text())
+    pdoc.render.configure(docformat=command[1].split()[1])
+    pdoc.pdoc(*command[2].split(), output_directory=tmp_path)
+    page = (tmp_path / "tf_dropmax.html").read_text()
+    for name in tf_dropmax.__all__:
+        assert f'id="{name}"' in page or f"tf_dropmax/{name}.html" in page, name
+    for name in ("functional", "plots", "tuning"):
+        assert "Example" in (tmp_path / "tf_dropmax" / f"{name}.html").read_text()
 
 
 def test_everything_public_has_an_example():

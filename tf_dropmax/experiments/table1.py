@@ -131,7 +131,7 @@ def run(
     chosen = {method: {**settings, **fitted.get(method, {})} for method, settings in chosen.items()}
     finals = [job(method, chosen[method], seed, "final") for seed in range(seeds) for method in methods]
     records = runner.run(execute, finals, output, workers, console)
-    console.print(_table(column, protocol, iterations, seeds, records, chosen))
+    console.print(table(records))
 
 
 def _validation(record):
@@ -141,10 +141,21 @@ def _validation(record):
     return pair if np.isfinite(pair).all() else (np.inf, np.inf)
 
 
-def _table(column, protocol, iterations, seeds, records, chosen):
-    title = f"{column}, protocol {protocol}, {iterations} iterations, {seeds} seeds: test error in percent"
+def table(records):
+    """The table of final runs, one row for each way to predict of each method.
+
+    Args:
+        records: Sequence of records of phase `"final"`, of one column, with the same seeds for every method.
+
+    Returns:
+        A `rich.table.Table`.
+    """
+    job = records[0]["job"]
+    seeds = len({record["job"]["seed"] for record in records})
+    chosen = {record["job"]["method"]: record["job"]["settings"] for record in records}
+    title = f"{job['column']}, protocol {job['protocol']}, {job['iterations']} iterations, {seeds} seeds: test error in percent"
     caption = "difference: mean of the paired differences to base, with its 95 % confidence interval"
-    table = Table(title=title, caption=caption, box=MARKDOWN)
+    result = Table(title=title, caption=caption, box=MARKDOWN)
     for name in (
         "method",
         "predicted by",
@@ -157,7 +168,7 @@ def _table(column, protocol, iterations, seeds, records, chosen):
         "settings",
         "paper",
     ):
-        table.add_column(name)
+        result.add_column(name)
     values = {}
     for record in records:
         for row, measures in record["result"]["measures"].items():
@@ -167,7 +178,7 @@ def _table(column, protocol, iterations, seeds, records, chosen):
     for (method, row), measures in values.items():
         errors = np.array(measures["error %"])
         times = [r["result"]["seconds"] / r["result"]["steps"] for r in records if r["job"]["method"] == method]
-        table.add_row(
+        result.add_row(
             method,
             row,
             f"{np.median(errors):.2f}",
@@ -177,9 +188,9 @@ def _table(column, protocol, iterations, seeds, records, chosen):
             _difference(errors, base) if base and method != "base" else "",
             f"{1000 * np.median(times):.1f}",
             ", ".join(f"{name} {value:g}" for name, value in chosen[method].items()),
-            str(PAPER.get(column, {}).get((method, row), "")),
+            str(PAPER.get(job["column"], {}).get((method, row), "")),
         )
-    return table
+    return result
 
 
 def _difference(errors, base):
