@@ -224,11 +224,12 @@ def _forward(layer, x):
 
 def _memory(classes, names=("Dense(2T)", "DropMax", "label", "naive")):
     """Peak memory of a training step, each in a process of its own, less what the process had before."""
-    row = {"what": f"peak memory of a training step, T = {classes}"}
-    for name in names:
-        row[name] = {"MiB": _peak(classes, name)[0]}
-        row[name]["ratio"] = row[name]["MiB"] / max(row[names[0]]["MiB"], 1)
-    yield row
+    for compiled in (False, True):
+        row = {"what": f"peak memory of a training step, T = {classes}{', XLA' if compiled else ''}"}
+        for name in names:
+            row[name] = {"MiB": _peak(classes, name, compiled)[0]}
+            row[name]["ratio"] = row[name]["MiB"] / max(row[names[0]]["MiB"], 1)
+        yield row
 
 
 def _growth(counts=(50_000, 100_000, 200_000, 300_000)):
@@ -242,9 +243,9 @@ def _growth(counts=(50_000, 100_000, 200_000, 300_000)):
         yield row
 
 
-def _peak(classes, name):
+def _peak(classes, name, compiled=False):
     """Peak memory in MiB, and seconds of a step, of a head in a new process."""
-    code = f"from tf_dropmax.experiments import speed; speed.print_peak({classes}, {name!r})"
+    code = f"from tf_dropmax.experiments import speed; speed.print_peak({classes}, {name!r}, {compiled})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"The measurement of {name} with {classes} classes failed: {result.stderr[-500:]}")
@@ -252,12 +253,12 @@ def _peak(classes, name):
     return memory, seconds
 
 
-def print_peak(classes, name):
+def print_peak(classes, name, compiled):
     """For `_peak`: runs a training step four times."""
-    small = training_steps(10, names=[name])[name]
+    small = training_steps(10, compiled=compiled, names=[name])[name]
     small()  # what TensorFlow needs in any case is not the head's
     before = _peak_so_far()
-    step = training_steps(classes, names=[name])[name]
+    step = training_steps(classes, compiled=compiled, names=[name])[name]
     seconds = [_call(step, 1) for _ in range(4)]
     print(json.dumps([_peak_so_far() - before, statistics.median(seconds[1:])]))
 
