@@ -16,14 +16,21 @@ tf.config.set_logical_device_configuration(
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what was imported stays; `clear_session` collects garbage, and need not go through all that for every test
+    # A quarter of the time went into garbage collection: what was imported stays, and tracing makes very many objects.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
+def _float32():
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _clean_keras():
     yield
     keras.backend.clear_session()
-    keras.config.set_dtype_policy("float32")
 
 
 @pytest.fixture

@@ -11,5 +11,5 @@ def square(job):
 
 
 def slow(job):
-    time.sleep(0.1 if job["x"] < 4 else 1.5)  # soon some results, then time to kill
+    time.sleep(0.1 if job["x"] < 3 else 1.0)  # soon some results, then time to kill
     return {"y": job["x"], "process": os.getpid()}

@@ -20,7 +20,7 @@ import pytest
 from tf_dropmax import DropMaxHead, DropMaxLoss
 from tf_dropmax.experiments import runner
 
-KILLS = int(os.environ.get("TF_DROPMAX_KILLS", "3"))  # each costs the start of a process
+KILLS = int(os.environ.get("TF_DROPMAX_KILLS", "2"))  # each costs the start of a process
 
 
 def build(seed=1):
