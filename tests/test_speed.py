@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_dropmax.experiments import speed
+from tf_dropmax.experiments import networks, speed
 from tf_dropmax.experiments.__main__ import main
+from tf_dropmax.experiments.systems import SYSTEMS
 
 
 def test_paired_ratios_are_those_of_the_times(monkeypatch):
@@ -49,6 +50,15 @@ def test_the_naive_head_is_the_same_head():
         naive_weight.assign(ours_weight)
     losses = [np.mean([speed._step(*heads[name], x, y, False)()[0] for _ in range(8)]) for name in ("naive", "DropMax")]
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+def test_the_systems_are_compared_with_the_base():
+    systems = {name: SYSTEMS[name] for name in ("base", "label")}
+    rows = list(speed._systems(1, networks.mlp, systems))
+    assert [row["what"] for row in rows] == ["training step, T = 10: label", "training step, T = 242: label"]
+    for row in rows:
+        assert row["base"]["ratio"] == 1
+        assert row["system"]["ratio"] == pytest.approx(row["system"]["ms"] / row["base"]["ms"])
 
 
 def test_speed_command(tmp_path, capsys, monkeypatch):

@@ -20,9 +20,10 @@ from rich.table import Table
 from tf_dropmax import DropMaxHead, DropMaxLoss, functional
 from tf_dropmax.experiments import networks, runner
 from tf_dropmax.experiments.errors import UserError
+from tf_dropmax.experiments.systems import PEERS, SYSTEMS
 
 BATCH, FEATURES = 256, 512
-PARTS = ("head", "network", "predict", "memory", "growth")
+PARTS = ("head", "network", "systems", "predict", "memory", "growth")
 
 
 def run(parts=PARTS, classes=(10, 100, 1000, 10_000, 50_000), policies=None, repeats=9, output="dropmax-speed"):
@@ -30,8 +31,8 @@ def run(parts=PARTS, classes=(10, 100, 1000, 10_000, 50_000), policies=None, rep
 
     Args:
         parts: Sequence of names in `PARTS`: `"head"`, forward and backward pass of the head alone; `"network"`, whole training
-            steps; `"predict"`, the test-time modes; `"memory"`, of a training step with the largest of `classes`;
-            `"growth"`, with hundreds of thousands of classes. Defaults to all.
+            steps; `"systems"`, those of every system that `table1` compares; `"predict"`, the test-time modes; `"memory"`, of
+            a training step with the largest of `classes`; `"growth"`, with hundreds of thousands of classes. Defaults to all.
         classes: Sequence of positive ints, numbers of classes T. Defaults to `(10, 100, 1000, 10000, 50000)`.
         policies: Sequence of dtype policies for `"head"`, or `None`: float32 and, on a GPU, mixed_float16 and mixed_bfloat16;
             elsewhere, mixed_bfloat16. Defaults to `None`.
@@ -58,6 +59,7 @@ def run(parts=PARTS, classes=(10, 100, 1000, 10_000, 50_000), policies=None, rep
     measure = {
         "head": partial(_head, classes, policies, repeats),
         "network": partial(_network, repeats),
+        "systems": partial(_systems, repeats),
         "predict": partial(_predict, repeats),
         "memory": partial(_memory, max(classes)),
         "growth": _growth,
@@ -174,10 +176,28 @@ def _network(repeats):
             ("DropMax", DropMaxHead(10), DropMaxLoss()),
             ("label", DropMaxHead(10, posterior="label"), DropMaxLoss()),
         ):
-            model = keras.Sequential([network(shape, 0), head])
-            model.compile("adam", loss)
-            steps[contender] = partial(model.train_on_batch, x, y)
+            steps[contender] = _training_step(network(shape, 0), head, loss, x, y)
         yield {"what": f"training step, batch 50, {name}", **paired(steps, repeats)}
+
+
+def _training_step(features, head, loss, x, y):
+    model = keras.Sequential([features, head])
+    model.compile("adam", loss)
+    return partial(model.train_on_batch, x, y)
+
+
+def _systems(repeats, network=networks.lenet, systems=SYSTEMS | PEERS):
+    """As `_network`, of the systems with their default settings; a row for each, as there are many."""
+    draw = np.random.default_rng(0)
+    for classes in (10, 242):
+        x, y = draw.random((100, 28, 28, 1), "float32"), draw.integers(classes, size=100)
+        steps = {}
+        for name, system in systems.items():
+            head, loss = system.build(classes, 0, 0.0, **system.options_for(classes)[0])
+            steps[name] = _training_step(network((28, 28, 1), 0, 0.0), head, loss, x, y)
+        measured = paired(steps, repeats)
+        for name in list(steps)[1:]:
+            yield {"what": f"training step, T = {classes}: {name}", "base": measured["base"], "system": measured[name]}
 
 
 def _predict(repeats):
