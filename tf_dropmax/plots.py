@@ -12,6 +12,7 @@ from tf_dropmax.checks import check_positive_int
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
     from scipy.stats import spearmanr
 except ImportError as error:
     raise ImportError("tf_dropmax.plots needs matplotlib and scipy: pip install 'tf_dropmax[plots]'") from error
@@ -160,10 +161,23 @@ def convergence(curves, measures=("train NLL", "test NLL", "test error %")):
             axes.plot(curve["step"], mean, label=method, markevery=(index, max(1, len(mean) // 6)), **style)
             axes.fill_between(curve["step"], low, high, color=colour, alpha=0.15, linewidth=0)
             positive = positive and (low > 0).all()
-        axes.set(xlabel="training step", ylabel=measure, yscale="log" if positive else "linear")
+        axes.set(xlabel="training step", ylabel=measure)
+        if positive:
+            _logarithmic(axes, "y", (1, 2, 5))
+        if all(np.min(curve["step"]) > 0 for curve in curves.values()):
+            _logarithmic(axes, "x", (1, 3))
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(len(curves), 4), frameon=False)
     return figure
+
+
+def _logarithmic(axes, which, digits):
+    """With plain numbers along the axis, those that begin with one of the digits."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def easy_and_hard(log_probabilities, labels, count=4):
