@@ -86,7 +86,7 @@ _SOFTMAX_MODE = {"(2)": _MODES["(2)"]}
 DECAYS = (1e-4, 1e-3, 1e-2, 0.0, 3e-3, 3e-4)
 
 _FRACTIONS = (0.4, 0.2, 0.6)
-_ENTROPY_WEIGHTS = [{"entropy_weight": weight} for weight in (1.0, 3.0, 0.1, 10.0)]
+_ENTROPY_WEIGHTS = [{"entropy_weight": weight} for weight in (1.0, 3.0, 10.0, 0.1)]
 
 
 def _sampled(sampler):
