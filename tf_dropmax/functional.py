@@ -133,21 +133,29 @@ def entropy(retain_logits):
 
 @tf.custom_gradient
 def _entropy(retain_logits):
-    magnitude = tf.abs(retain_logits)
-    odds = tf.exp(-magnitude)
-    value = tf.math.log1p(odds) + magnitude * (odds / (1 + odds))
-    return value, lambda upstream: upstream * (0.25 * retain_logits) * (tf.square(_balance(retain_logits)) - 1)
+    value, _ = _entropy_and_log_retain(retain_logits)
+    return value, lambda upstream: -upstream * _times_drop_slope(retain_logits, tf.sigmoid(-retain_logits))
 
 
 @tf.custom_gradient
 def _log_sigmoid(x):
     value = tf.maximum(tf.minimum(x, 0), -_LIMIT) - tf.math.log(1 + tf.exp(-tf.abs(x)))
-    return value, lambda upstream: upstream * (0.5 - 0.5 * _balance(x))
+    return value, lambda upstream: upstream * tf.sigmoid(-x)
 
 
-def _balance(x):
-    """`rho - (1 - rho)` of retain logits."""
-    return tf.tanh(0.5 * x)
+def _entropy_and_log_retain(retain_logits):
+    """`H(rho)` and `log rho`, from one exponential and one logarithm."""
+    magnitude = tf.abs(retain_logits)
+    odds = tf.exp(-magnitude)
+    total = 1 + odds
+    log_total = tf.math.log(total)
+    log_retain = tf.maximum(tf.minimum(retain_logits, 0), -_LIMIT) - log_total
+    return log_total + magnitude * (odds / total), log_retain
+
+
+def _times_drop_slope(retain_logits, drop):
+    """`r rho (1 - rho)`, given `drop = 1 - rho`; minus the derivative of the entropy."""
+    return (drop * retain_logits) * (1 - drop)  # in this order no product overflows
 
 
 def target_log_likelihood(logits, mask_logits):
@@ -169,31 +177,30 @@ def target_log_likelihood(logits, mask_logits):
     >>> tf.exp(tf_dropmax.functional.target_log_likelihood([0.0, 0.0], masks)).numpy().round(4).tolist()
     [1.0, 0.5]
     """
-    return _target_log_likelihood(_float(logits), _float(mask_logits))
+    return tf.custom_gradient(_target_log_likelihood)(_float(logits), _float(mask_logits))
 
 
-@tf.custom_gradient
 def _target_log_likelihood(logits, mask_logits):
-    relative = tf.maximum(logits - tf.reduce_max(logits, axis=-1, keepdims=True), -_LIMIT)
+    """The value, and a function from its gradient to those of the arguments."""
     mask_logits = tf.maximum(mask_logits, _DROPPED_MASK)
     # log z is min(mask_logits, 0) but for a log 2 at most. So in units of exp(scale) the sum S is between 1/2 and T, and no
     # weight more than exp(-_DROPPED_MASK).
-    scale = tf.reduce_max(relative + tf.minimum(mask_logits, 0), axis=-1, keepdims=True)
-    relative = relative - scale
+    scale = tf.reduce_max(logits + tf.minimum(mask_logits, 0), axis=-1, keepdims=True)
+    relative = tf.maximum(logits - scale, -_LIMIT)
     weights = tf.exp(relative)
-    kept = weights * tf.sigmoid(mask_logits)  # z w
+    masks = tf.sigmoid(mask_logits)
+    kept = weights * masks  # z w
     dropped = weights - kept  # (1 - z) w, rounded; it always stands beside a sum that has z w in it
-    denominators = dropped + tf.reduce_sum(kept, axis=-1, keepdims=True)
+    total = tf.reduce_sum(kept, axis=-1, keepdims=True)
+    value = relative - tf.math.log(dropped + total)
 
     def gradient(upstream):
-        pull = upstream / denominators
-        total = tf.reduce_sum(pull, axis=-1, keepdims=True)
-        # 1 - z is computed from the mask logits anew: if these had no second use, XLA would draw the uniform numbers behind
-        # them in the midst of another loop, at several times the cost.
-        by_masks = kept * tf.sigmoid(-mask_logits) * (pull - total)
-        return upstream - dropped * pull - kept * total, by_masks
+        pull = upstream / (dropped + total)
+        pulls = tf.reduce_sum(pull, axis=-1, keepdims=True)
+        by_masks = masks * dropped * (pull - pulls)
+        return upstream - dropped * pull - kept * pulls, by_masks
 
-    return relative - tf.math.log(denominators), gradient
+    return value, gradient
 
 
 def scores(logits, retain_logits, mask_logits, entropy_weight=1.0):
@@ -221,9 +228,43 @@ def scores(logits, retain_logits, mask_logits, entropy_weight=1.0):
     >>> objective.shape
     TensorShape([1])
     """
-    retain_logits = _float(retain_logits)
-    prior = _log_sigmoid(retain_logits) - entropy_weight * _entropy(retain_logits)
-    return prior + target_log_likelihood(logits, mask_logits)
+    return scores_and_entropy(logits, retain_logits, mask_logits, entropy_weight)[0]
+
+
+def scores_and_entropy(logits, retain_logits, mask_logits, entropy_weight=1.0):
+    """Both halves of eq. (15) at once: `scores`, and `sum_t H(rho_t)`; cheaper than `scores` and `entropy`.
+
+    Args:
+        logits, retain_logits, mask_logits, entropy_weight: As for `scores`.
+
+    Returns:
+        Tensors of shape `(..., T)` and `(...)`.
+
+    Example:
+
+    >>> F = tf_dropmax.functional
+    >>> scores, entropy = F.scores_and_entropy([2.0, -1.0], [0.0, 0.0], [5.0, -5.0])
+    >>> round(float(entropy), 4)
+    1.3863
+    """
+    logits, retain_logits = _broadcast(_float(logits), _float(retain_logits))
+    entropy_weight = tf.cast(entropy_weight, logits.dtype)
+
+    @tf.custom_gradient
+    def compute(logits, retain_logits, mask_logits):
+        likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
+        entropy, log_retain = _entropy_and_log_retain(retain_logits)
+        scores = log_retain - entropy_weight * entropy + likelihood
+
+        def gradient(by_scores, by_entropy):
+            by_logits, by_masks = likelihood_gradient(by_scores)
+            drop = tf.sigmoid(-retain_logits)
+            slope = entropy_weight * by_scores - by_entropy[..., None]
+            return by_logits, by_scores * drop + slope * _times_drop_slope(retain_logits, drop), by_masks
+
+        return (scores, tf.reduce_sum(entropy, axis=-1)), gradient
+
+    return compute(logits, retain_logits, _float(mask_logits))
 
 
 def posterior_logits(retain_logits, auxiliary_logits):
@@ -325,7 +366,7 @@ def _expected(logits, retain_logits):
 
     def gradient(upstream):
         by_logits = upstream - tf.exp(log_p) * tf.reduce_sum(upstream, axis=-1, keepdims=True)
-        return by_logits, by_logits * (0.5 - 0.5 * _balance(retain_logits))
+        return by_logits, by_logits * tf.sigmoid(-retain_logits)
 
     return log_p, gradient
 

@@ -352,17 +352,22 @@ class DropMaxHead(keras.layers.Layer):
             return functional.target_log_likelihood(logits, masks)
         retain_logits = self._retain_logits(features, logits)
         entropy_weight, temperature = tf.unstack(tf.cast(self._train_state, logits.dtype))
+        if self.stochastic and self.posterior == "prior":
+            masks = functional.mask_logits(retain_logits, uniform, temperature)
+            scores, entropy = functional.scores_and_entropy(logits, retain_logits, masks, entropy_weight)
+            self._add_entropy_term(entropy, entropy_weight, mask)
+            return scores
         entropy = functional.entropy(retain_logits)
-        self.add_loss(-entropy_weight * _masked_mean(tf.reduce_sum(entropy, axis=-1), mask))
+        self._add_entropy_term(tf.reduce_sum(entropy, axis=-1), entropy_weight, mask)
         if not self.stochastic:
             return functional.expected(logits, retain_logits) - entropy_weight * entropy
-        if self.posterior == "prior":
-            masks = functional.mask_logits(retain_logits, uniform, temperature)
-            return functional.scores(logits, retain_logits, masks, entropy_weight)
         auxiliary_logits = self._branch(features, self.auxiliary_kernel, self.auxiliary_bias)
         posterior_logits = functional.posterior_logits(retain_logits, auxiliary_logits)
         masks = functional.mask_logits(posterior_logits, uniform, temperature)
         return functional.posterior_scores(logits, retain_logits, auxiliary_logits, masks, self.auxiliary_weight)
+
+    def _add_entropy_term(self, entropy, entropy_weight, mask):
+        self.add_loss(-entropy_weight * _masked_mean(entropy, mask))
 
     def _log_probabilities(self, logits, retain_logits):
         state = tf.identity(self._predict_state)  # `switch_case` wants a tensor
