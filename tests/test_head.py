@@ -120,7 +120,6 @@ def test_label_posterior_predicts_by_the_prior_alone(rng):
     features = rng.normal(size=(5, 4)).astype("float32")
     before = head(features).numpy()
     assert [w.name for w in head.weights][-2:] == ["auxiliary_kernel", "auxiliary_bias"]
-    assert not np.any(head.auxiliary_kernel)  # at first the posterior is the prior
     head.auxiliary_kernel.assign(rng.normal(size=(4, 3)))
     np.testing.assert_allclose(
         head.mask_distribution(features).logits_parameter(),
@@ -244,6 +243,21 @@ def test_masks_differ_between_steps_examples_and_positions():
     first, second = head(features, training=True).numpy(), head(features, training=True).numpy()
     rows = np.concatenate([first, second]).reshape(-1, 6)
     assert len(np.unique(rows, axis=0)) == len(rows) == 40
+
+
+@pytest.mark.parametrize(("units", "proportion"), [(2, 1), (30, 1), (900, 1 / 30)])
+def test_the_posterior_starts_closer_to_the_prior_with_many_classes(units, proportion):
+    """Standard deviation of 100 x 2 weights or more: 5 % at one sigma."""
+    kernels = []
+    for seed in (1, 1, 2):
+        head = DropMaxHead(units, posterior="label", seed=seed)
+        head.build((None, 100))
+        kernels.append(head.auxiliary_kernel.numpy())
+        assert not np.any(head.auxiliary_bias)
+    assert kernels[0].var() == pytest.approx(2 / (100 + units) * proportion, rel=0.3)
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert not np.allclose(kernels[0], kernels[2])
+    assert not np.allclose(kernels[0], head.retain_kernel)
 
 
 def test_one_seed_makes_training_reproducible(blobs):

@@ -71,9 +71,9 @@ class DropMaxHead(keras.layers.Layer):
         posterior: `"prior"` or `"label"`: where the training masks come from. `"prior"`: from the retain probabilities
             themselves (9), as in the submission. `"label"`: from a posterior that an auxiliary classifier on the same features
             informs about the label (NeurIPS 2018), see `tf_dropmax.functional.posterior_scores`; it adds the weights
-            `auxiliary_kernel` and `auxiliary_bias`, which start at zero, so that the posterior starts as the prior, have the
-            regularizers and constraints of the retain branch, and are not used by prediction.
-            Defaults to `"prior"`.
+            `auxiliary_kernel` and `auxiliary_bias`, which have the regularizers and constraints of the retain branch, and are
+            not used by prediction. The kernel starts as Glorot's, but beyond 30 classes with a variance smaller in
+            proportion, for how far the posterior is from the prior is a sum over classes too. Defaults to `"prior"`.
         auxiliary_weight: Non-negative float, weight of the auxiliary classifier's loss with `posterior="label"`, also a sum
             over all classes; 1.0 is as published. `None`: `min(0.1, 3 / units)`. Defaults to `None`.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`, as for every Keras layer.
@@ -150,7 +150,7 @@ class DropMaxHead(keras.layers.Layer):
                 "`posterior='label'` needs masks, `stochastic=True`. Received: posterior='label', stochastic=False"
             )
         self.posterior = check_one_of("posterior", posterior, POSTERIORS)
-        scale = min(1.0, _FULL_WEIGHT_CLASSES / self.units)
+        scale = _class_scale(self.units)
         self.auxiliary_weight = 0.1 * scale if auxiliary_weight is None else check_weight("auxiliary_weight", auxiliary_weight)
         self.retain_probability = retain_probability
         self.stochastic = check_boolean("stochastic", stochastic)
@@ -299,15 +299,19 @@ class DropMaxHead(keras.layers.Layer):
         def weight(name, shape):
             initializer, regularizer, constraint = (getattr(self, f"{like}{name}_{kind}") for kind in _KINDS)
             if prefix == "auxiliary_":
-                # The posterior starts as the prior. Else the divergence between the two, a sum over all classes, comes before
-                # all else, and with a thousand of them the features vanish before they have learned anything.
-                initializer = "zeros"
+                initializer = "zeros" if name == "bias" else self._auxiliary_start()
             return self.add_weight(
                 name=prefix + name, shape=shape, initializer=initializer, regularizer=regularizer, constraint=constraint
             )
 
         kernel = weight("kernel", (features, self.units))
         return kernel, weight("bias", (self.units,)) if self.use_bias else None
+
+    def _auxiliary_start(self):
+        # Glorot's, but closer to zero, where the posterior is the prior, if classes are many: with a thousand of them the
+        # divergence between the two would come before all else, and the features vanish before they have learned anything.
+        seed = None if self.seed is None else (self.seed + 4) % 2**31
+        return keras.initializers.VarianceScaling(_class_scale(self.units), "fan_avg", "uniform", seed=seed)
 
     def call(self, inputs, training=False, mask=None, *, output="classes"):
         """Scores (in training) or log-probabilities; or retain probabilities.
@@ -514,6 +518,11 @@ class DropMaxHead(keras.layers.Layer):
                 serialize = getattr(keras, f"{kind}s").serialize
                 config[f"{name}_{kind}"] = serialize(getattr(self, f"{name}_{kind}"))
         return {**super().get_config(), **config}
+
+
+def _class_scale(units):
+    """By what the default weights of sums over classes are multiplied."""
+    return min(1.0, _FULL_WEIGHT_CLASSES / units)
 
 
 def _read(variable):

@@ -21,13 +21,12 @@ def mlp(shape, seed, l2=0.0, width=128):
     return keras.Sequential([keras.Input(shape), layers.Flatten(), dense], name="features")
 
 
-def lenet(shape, seed, l2=0.0):
+def lenet(shape, seed, l2=0.0, start=keras.initializers.GlorotUniform):
     """LeNet as in the authors' released code: convolutions 5 x 5 of 20 and 50 channels, each with pooling, then 500 units.
 
-    Args and result as for `mlp`; 500 features. The initial weights are Glorot's, as there; He's are four times as large in
-    the first layer.
+    Args and result as for `mlp`; 500 features. `start` is the class of the initializers of the kernels, Glorot's as there;
+    He's are four times as large in the first layer, which makes a difference.
     """
-    start = keras.initializers.GlorotUniform
     stack = [
         keras.Input(shape),
         _convolution(20, start(seed), l2),

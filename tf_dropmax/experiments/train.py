@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ COLUMNS = {
 PROTOCOLS = {
     "paper": Protocol(networks.tutorial_cnn, 50, 1e-4, False, 20_000),
     "released": Protocol(networks.lenet, 100, 1e-3, True, None),
+    "released-he": Protocol(partial(networks.lenet, start=keras.initializers.HeNormal), 100, 1e-3, True, None),
     "resnet": Protocol(networks.resnet34, 128, 1e-3, True, None),  # for CIFAR; the schedule is ours
     "alexnet": Protocol(networks.alexnet, 128, 1e-4, True, None),  # for AwA2; the schedule is ours
     "small": Protocol(networks.mlp, 50, 1e-3, True, None),
