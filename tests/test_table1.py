@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import oracles
 import pytest
+import tensorflow as tf
 from scipy import stats
 
 from tf_dropmax import DropMaxHead
@@ -47,6 +48,14 @@ def test_runner_keeps_order_and_does_nothing_twice(tmp_path):
     assert [record["result"]["y"] for record in records] == [4, 25, 9]
     assert path.read_bytes().startswith(before)
     assert len(lines(path)) == 4
+
+
+def test_results_name_the_device(monkeypatch):
+    assert runner.environment()["device"] == runner.device() != ""
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_physical_devices", {"GPU": [gpu]}.__getitem__)
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", {gpu: {"device_name": "a fast one"}}.__getitem__)
+    assert runner.environment()["device"] == "a fast one"
 
 
 def test_a_job_that_fails_does_not_take_the_others_along(tmp_path):

@@ -11,6 +11,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import tensorflow as tf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tf_dropmax.experiments.errors import UserError
@@ -42,9 +43,24 @@ def environment():
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
-        "processor": platform.processor() or platform.machine(),
+        "device": device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
+
+
+def device():
+    """Names of the GPUs, or else of the processor."""
+    gpus = tf.config.list_physical_devices("GPU")
+    names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
+    return ", ".join(names) or _processor()
+
+
+def _processor():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def run(execute, jobs, path, workers=2, console=None):
@@ -130,6 +146,7 @@ def _ended_by_exceptions(pool):
 def _pool(workers):
     threads = str(max((os.cpu_count() or 1) // workers, 1))
     os.environ.update(OMP_NUM_THREADS=threads, TF_NUM_INTRAOP_THREADS=threads, TF_NUM_INTEROP_THREADS=threads)
+    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # else the first worker takes the whole memory of a GPU
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 

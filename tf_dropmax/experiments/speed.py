@@ -208,6 +208,11 @@ def _predict(repeats):
         for name, mode, samples in _MODES:
             functions[name] = _forward(DropMaxHead(count, predict_mode=mode, predict_samples=samples), x)
         yield {"what": f"head, batch {BATCH}, T = {count}", **paired(functions, repeats)}
+        functions = {
+            "Dense(2T) + softmax": _forward(keras.layers.Dense(2 * count, "softmax"), x, compiled=True),
+            "expected": _forward(DropMaxHead(count), x, compiled=True),
+        }
+        yield {"what": f"head, batch {BATCH}, T = {count}, XLA", **paired(functions, repeats)}
     x = tf.Variable(draw.random((500, 28, 28, 1), "float32"))
     network, functions = networks.tutorial_cnn((28, 28, 1), 0), {}
     for name, mode, samples in _MODES:
@@ -237,9 +242,8 @@ _MODES = (
 )
 
 
-def _forward(layer, x):
-    compiled = tf.function(layer)
-    return partial(compiled, x)
+def _forward(layer, x, compiled=False):
+    return partial(tf.function(layer, jit_compile=compiled), x)
 
 
 def _memory(classes, names=("Dense(2T)", "DropMax", "label", "naive")):
