@@ -17,8 +17,9 @@ from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, functional
 from tf_dropmax.seeds import next_seed
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def strategy():
+    # One for all tests: the collective operations of a second one would take those of the first for their own.
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
@@ -73,12 +74,13 @@ def test_a_replica_without_examples(strategy, blobs):
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
-def test_fit_evaluate_predict_in_all_modes(strategy, blobs):
+@pytest.mark.parametrize("settings", [{}, {"posterior": "label"}, {"retain_probability": 0.6}], ids=str)
+def test_fit_evaluate_predict_in_all_modes(strategy, blobs, settings):
     x, y = blobs
     with strategy.scope():
-        model = build()
+        model = build(**settings)
     model.fit(x, y, batch_size=32, epochs=10, validation_data=(x, y), callbacks=[DropMaxPredict("sampled")], verbose=0)
-    single = build()
+    single = build(**settings)
     single.set_weights(model.get_weights())
     for mode in ["expected", "exact", "softmax"]:
         callbacks = [DropMaxPredict(mode)]

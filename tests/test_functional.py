@@ -83,25 +83,77 @@ def test_golden_predictions(golden, mode, dtype):
     np.testing.assert_allclose(np.exp(log_p), golden[mode], atol=1e-5 if mode == "exact" else 1e-6)
 
 
-def test_scores_have_a_second_derivative(case):
-    """A custom gradient must not cut higher derivatives off."""
-    logits, retain_logits, uniform = (tf.constant(case[k][:1]) for k in ("logits", "retain_logits", "uniform"))
+def test_scores_have_second_derivatives(case):
+    """A custom gradient must not cut higher derivatives off: by logits, retain logits, mask logits, and mixed ones."""
+    start = np.concatenate([case[key][1] for key in ("logits", "retain_logits")] + [np.linspace(-3, 2, 6)])
 
-    def gradient(o):
+    def value(x):
+        scores, entropy = functional.scores_and_entropy(*tf.split(x, 3), entropy_weight=0.3)
+        return tf.reduce_sum(scores * np.linspace(-1, 2, 6)) + 0.7 * entropy
+
+    def gradient(x):
         with tf.GradientTape() as tape:
-            tape.watch(o)
-            value = functional.scores(o, retain_logits, functional.mask_logits(retain_logits, uniform, 1.0))[0, 2]
-        return tape.gradient(value, o)
+            tape.watch(x)
+            y = value(x)
+        return tape.gradient(y, x)
 
+    point = tf.constant(start)
     with tf.GradientTape() as tape:
-        tape.watch(logits)
-        g = gradient(logits)
-    hessian = tape.jacobian(g, logits).numpy()[0, :, 0]
+        tape.watch(point)
+        g = gradient(point)
+    hessian = tape.jacobian(g, point)
     step = 1e-5
-    for j in range(6):
-        shift = step * np.eye(6)[j]
-        difference = (gradient(logits + shift) - gradient(logits - shift)).numpy()[0] / (2 * step)
-        np.testing.assert_allclose(hessian[:, j], difference, atol=1e-7)
+    for index, shift in enumerate(step * np.eye(18)):
+        difference = (gradient(point + shift) - gradient(point - shift)) / (2 * step)
+        np.testing.assert_allclose(hessian[:, index], difference, atol=1e-7)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_arguments_of_scores_broadcast(rng, traced):
+    """Value and gradients are those of the repeated arguments, also where shapes are unknown when the graph is traced."""
+    shapes = (1, 3), (4, 3), (2, 1, 3)
+    arguments = [tf.constant(rng.normal(size=shape)) for shape in shapes]
+    repeated = [tf.constant(np.broadcast_to(x, (2, 4, 3)).copy()) for x in arguments]
+    weights = rng.normal(size=(2, 4, 3))
+
+    def run(*arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            scores, entropy = functional.scores_and_entropy(*arguments, 0.3)
+            likelihood = functional.target_log_likelihood(arguments[0], arguments[2])
+            prediction = functional.expected(*arguments[:2])
+            total = tf.reduce_sum(weights * scores) + tf.reduce_sum(weights[..., 0] * entropy)
+            total += tf.reduce_sum(weights * likelihood) + tf.reduce_sum(weights * prediction)
+        return total, *tape.gradient(total, arguments)
+
+    function = tf.function(run, input_signature=[tf.TensorSpec([None] * len(s), tf.float64) for s in shapes]) if traced else run
+    total, *gradients = function(*arguments)
+    expected, *full = run(*repeated)
+    assert float(total) == pytest.approx(float(expected), rel=1e-12)
+    for gradient, by_repeated, shape in zip(gradients, full, shapes, strict=True):
+        aligned = (1,) * (3 - len(shape)) + shape
+        summed = by_repeated.numpy().sum(tuple(np.flatnonzero(np.array(aligned) != (2, 4, 3))), keepdims=True)
+        np.testing.assert_allclose(gradient, summed.reshape(shape), atol=1e-12)
+
+
+def test_the_entropy_weight_keeps_its_digits(case):
+    masks = functional.mask_logits(case["retain_logits"], case["uniform"])
+    one, other = (
+        functional.scores(case["logits"], case["retain_logits"], masks, w) for w in (0.7, tf.constant(0.7, "float64"))
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits_keep_what_is_added_to_them(rng, dtype):
+    """Between 1e7 and 1e12 the gaps of float32 are of the size of a mask's logarithm."""
+    logits = (10 ** rng.uniform(7, 12, size=(300, 3))).astype(dtype)
+    masks = np.full((300, 3), -200, dtype)
+    likelihood, gradients = value_and_gradients(functional.target_log_likelihood, logits, masks)
+    target = logits.argmax(-1)
+    np.testing.assert_allclose(np.take_along_axis(likelihood, target[:, None], -1), 0, atol=1e-5)
+    assert np.isfinite(likelihood).all()
+    assert np.isfinite(gradients).all()
 
 
 def test_random_dropmax_is_a_softmax_over_the_retained(rng):
@@ -374,7 +426,7 @@ def test_sampled_softmax_draws_from_its_distribution(rng):
     assert stats.chisquare(counts, 20_000 * q).pvalue > 1e-4
 
 
-EXTREMES = [0.0, 1.0, -20.0, 90.0, -1e4, 1e4, 1e30, -1e30, 3.4e38, -3.4e38]
+EXTREMES = [0.0, 1.0, -20.0, 90.0, -1e4, 1e4, 3e8, 1.5e9, -2e9, 1e30, -1e30, 3.4e38, -3.4e38]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 300])

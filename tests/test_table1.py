@@ -485,5 +485,53 @@ def test_networks(network, rng):
     assert one.count_params() == parameters[network]
     np.testing.assert_array_equal(one(x), same(x))
     assert not np.allclose(one(x), other(x))
+    kernels = [w.numpy() for w in one.weights if w.path.endswith("kernel")]
+    for kernel in kernels:
+        inputs, outputs = np.prod(kernel.shape[:-1]), kernel.shape[-1] * np.prod(kernel.shape[:-2])
+        # Glorot's law; a normal law cut off at two standard deviations, of 0.1 before the cut.
+        deviation = {"lenet": np.sqrt(2 / (inputs + outputs)), "tutorial_cnn": 0.1}[network]
+        assert kernel.std() == pytest.approx(deviation, rel=0.15)
+    biases = [w.numpy() for w in one.weights if w.path.endswith("bias")]
+    assert all((bias == np.float32({"lenet": 0, "tutorial_cnn": 0.1}[network])).all() for bias in biases)
+    assert len(kernels) == len(biases) == 3
     squares = sum(float(np.sum(np.square(w.numpy()))) for w in one.weights)
     assert float(sum(one.losses)) == pytest.approx(1e-3 / 2 * squares, rel=1e-5)
+
+
+def test_protocols():
+    """The authors' code: Glorot's weights, and a learning rate that falls twice. `released-he`: He's weights."""
+    deviations = [
+        train.PROTOCOLS[name].network((28, 28, 1), 1, 0.0).weights[0].numpy().std() for name in ("released", "released-he")
+    ]
+    assert deviations == pytest.approx([np.sqrt(2 / (25 + 500)), np.sqrt(2 / 25)], rel=0.15)
+    rate = train._learning_rate(train.PROTOCOLS["released"], 300)
+    assert [float(rate(step)) for step in (0, 100, 101, 200, 201, 299)] == pytest.approx([1e-3] * 2 + [1e-4] * 2 + [1e-5] * 2)
+    assert train._learning_rate(train.PROTOCOLS["paper"], 300) == 1e-4
+
+
+@pytest.mark.parametrize("method", ["base", "attention", "adaptive", "label"])
+def test_all_weights_but_those_of_the_retain_branch_are_decayed(method, rng):
+    head, _ = SYSTEMS[method].build(4, 1, 0.1, **SYSTEMS[method].options[0])
+    head.build((None, 3))
+    head.bias.assign(rng.normal(size=4))
+    expected = 0.1 / 2 * sum(float(np.sum(np.square(w))) for w in (head.kernel, head.bias))
+    assert float(sum(head.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_table_has_medians_means_and_spreads():
+    def record(seed, error):
+        measures = {"error %": error, "NLL": error / 10, "ECE %": error / 100}
+        job = {"column": "mnist-1k", "protocol": "released", "iterations": 9, "method": "base", "settings": {}, "seed": seed}
+        return {"job": job, "result": {"measures": {"(2)": measures}, "seconds": 0.009 * (seed + 1), "steps": 9}}
+
+    found = table1.table([record(seed, error) for seed, error in enumerate((1.0, 2.0, 6.0))])
+    row = {column.header: next(iter(column.cells)) for column in found.columns}
+    expected = {
+        "median": "2.00",
+        "mean +- sd": "3.00 +- 2.65",
+        "NLL": "0.300",
+        "ECE %": "0.03",
+        "ms/step": "2.0",
+        "paper": "7.17",
+    }
+    assert {name: row[name] for name in expected} == expected

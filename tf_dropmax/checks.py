@@ -1,6 +1,5 @@
 """Checks of arguments: what was expected, what was received."""
 
-import math
 import numbers
 
 
@@ -29,7 +28,7 @@ def check_number(name, value, expected, valid):
 
 
 def check_weight(name, value):
-    return check_number(name, value, "a finite float >= 0", lambda x: 0 <= x < math.inf)
+    return check_number(name, value, "a float >= 0, below 1e30", lambda x: 0 <= x < 1e30)
 
 
 def check_seed(seed):

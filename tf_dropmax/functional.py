@@ -10,6 +10,7 @@ plus infinity gives NaN; what else is infinite gives NaN or, where there is one,
 its limit 0, so that a softmax that loses every class to its masks is uniform.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -148,7 +149,7 @@ def _entropy_and_log_retain(retain_logits):
     magnitude = tf.abs(retain_logits)
     odds = tf.exp(-magnitude)
     total = 1 + odds
-    log_total = tf.math.log(total)
+    log_total = tf.math.log1p(odds)
     log_retain = tf.maximum(tf.minimum(retain_logits, 0), -_LIMIT) - log_total
     return log_total + magnitude * (odds / total), log_retain
 
@@ -177,16 +178,16 @@ def target_log_likelihood(logits, mask_logits):
     >>> tf.exp(tf_dropmax.functional.target_log_likelihood([0.0, 0.0], masks)).numpy().round(4).tolist()
     [1.0, 0.5]
     """
-    return tf.custom_gradient(_target_log_likelihood)(_float(logits), _float(mask_logits))
+    return tf.custom_gradient(_target_log_likelihood)(*_broadcast(_float(logits), _float(mask_logits)))
 
 
 def _target_log_likelihood(logits, mask_logits):
     """The value, and a function from its gradient to those of the arguments."""
     mask_logits = tf.maximum(mask_logits, _DROPPED_MASK)
-    # log z is min(mask_logits, 0) but for a log 2 at most. So in units of exp(scale) the sum S is between 1/2 and T, and no
-    # weight more than exp(-_DROPPED_MASK).
-    scale = tf.reduce_max(logits + tf.minimum(mask_logits, 0), axis=-1, keepdims=True)
-    relative = tf.maximum(logits - scale, -_LIMIT)
+    # log z is min(mask_logits, 0) but for a log 2 at most. So relative to the second maximum the sum S is between 1/2 and T,
+    # and no weight more than exp(-_DROPPED_MASK). The first keeps large logits from swallowing what is added to them.
+    relative = tf.maximum(logits - tf.reduce_max(logits, axis=-1, keepdims=True), -_LIMIT)
+    relative -= tf.reduce_max(relative + tf.minimum(mask_logits, 0), axis=-1, keepdims=True)
     weights = tf.exp(relative)
     masks = tf.sigmoid(mask_logits)
     kept = weights * masks  # z w
@@ -247,8 +248,9 @@ def scores_and_entropy(logits, retain_logits, mask_logits, entropy_weight=1.0):
     >>> round(float(entropy), 4)
     1.3863
     """
-    logits, retain_logits = _broadcast(_float(logits), _float(retain_logits))
-    entropy_weight = tf.cast(entropy_weight, logits.dtype)
+    arguments = _broadcast(*(_float(x) for x in (logits, retain_logits, mask_logits)))
+    entropy_weight = tf.convert_to_tensor(entropy_weight, dtype_hint=arguments[0].dtype)
+    entropy_weight = tf.cast(entropy_weight, arguments[0].dtype)
 
     @tf.custom_gradient
     def compute(logits, retain_logits, mask_logits):
@@ -264,7 +266,7 @@ def scores_and_entropy(logits, retain_logits, mask_logits, entropy_weight=1.0):
 
         return (scores, tf.reduce_sum(entropy, axis=-1)), gradient
 
-    return compute(logits, retain_logits, _float(mask_logits))
+    return compute(*arguments)
 
 
 def posterior_logits(retain_logits, auxiliary_logits):
@@ -735,11 +737,17 @@ def _relative(logits):
     return logits - tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True))
 
 
-def _broadcast(logits, retain_logits):
-    """Both in the shape that they have together; nothing is done to those that have the same."""
-    if logits.shape.rank is not None and logits.shape == retain_logits.shape:
-        return logits, retain_logits
-    return logits + tf.zeros_like(retain_logits), retain_logits + tf.zeros_like(logits)
+def _broadcast(*arguments):
+    """All in the shape that they have together; those that have it already are not copied."""
+    shapes = [argument.shape for argument in arguments]
+    if shapes[0].is_fully_defined() and shapes.count(shapes[0]) == len(shapes):
+        return arguments
+    same_rank = shapes[0].rank is not None and all(shape.rank == shapes[0].rank for shape in shapes)
+    # ONNX does not know the operation behind `broadcast_dynamic_shape`.
+    join = (lambda one, other: tf.where(one == 1, other, one)) if same_rank else tf.broadcast_dynamic_shape
+    common = functools.reduce(join, [tf.shape(argument) for argument in arguments])
+    static = functools.reduce(tf.broadcast_static_shape, shapes)
+    return [tf.ensure_shape(tf.broadcast_to(argument, common), static) for argument in arguments]
 
 
 def _tiny(x):

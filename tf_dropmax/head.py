@@ -131,6 +131,7 @@ class DropMaxHead(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.units = check_positive_int("units", units)
+        self.posterior = check_one_of("posterior", posterior, POSTERIORS)
         if retain_probability is not None:
             retain_probability = check_number(
                 "retain_probability", retain_probability, "a float in (0, 1)", lambda x: 0 < x < 1
@@ -149,7 +150,6 @@ class DropMaxHead(keras.layers.Layer):
             raise ValueError(
                 "`posterior='label'` needs masks, `stochastic=True`. Received: posterior='label', stochastic=False"
             )
-        self.posterior = check_one_of("posterior", posterior, POSTERIORS)
         scale = _class_scale(self.units)
         self.auxiliary_weight = 0.1 * scale if auxiliary_weight is None else check_weight("auxiliary_weight", auxiliary_weight)
         self.retain_probability = retain_probability
@@ -233,7 +233,7 @@ class DropMaxHead(keras.layers.Layer):
 
         Units, bias, dtype policy, regularizers and constraints are the layer's unless given. The retain branch starts at
         zero: every retain probability is 1/2, so that the head at first predicts, in mode `"expected"`, just what the
-        softmax of `dense` did.
+        softmax of `dense` did. (The auxiliary branch of `posterior="label"`, which does not predict, starts as always.)
 
         Args:
             dense: A built `keras.layers.Dense` with activation `"linear"` or `"softmax"`, not quantized.

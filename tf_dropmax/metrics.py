@@ -1,6 +1,7 @@
 """Metrics for `compile(metrics=...)`: how far the probabilities are to be trusted, and what the head does with its masks.
 
-Labels are sparse or dense as for `DropMaxLoss`, and checked as it checks them. With soft labels every metric is the mean over
+Labels are sparse or dense as for `DropMaxLoss` without `ignore_class`, and checked as it checks them: give what is not to
+count a valid label and the `sample_weight` 0. With soft labels every metric is the mean over
 the classes, weighted by the label. `sample_weight` and Keras masks count.
 """
 

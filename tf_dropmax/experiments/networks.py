@@ -25,7 +25,7 @@ def lenet(shape, seed, l2=0.0, start=keras.initializers.GlorotUniform):
     """LeNet as in the authors' released code: convolutions 5 x 5 of 20 and 50 channels, each with pooling, then 500 units.
 
     Args and result as for `mlp`; 500 features. `start` is the class of the initializers of the kernels, Glorot's as there;
-    He's are four times as large in the first layer, which makes a difference.
+    He's are more than four times as large in the first layer, which makes a difference.
     """
     stack = [
         keras.Input(shape),
