@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-oldest test-newest api notebooks format clean
+.PHONY: demo test test-long test-oldest test-newest api notebooks format clean
 
 demo: $(VENV)/installed-experiments
 	$(BIN)/python -m tf_dropmax.experiments demo $(ARGS)
@@ -13,6 +13,11 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# What takes too long for every day: hundreds of other examples of each property, twenty kills.
+test-long: export HYPOTHESIS_PROFILE = long
+test-long: export TF_DROPMAX_KILLS = 20
+test-long: test
 
 # The same with the oldest dependencies that setup.cfg admits, its lower bounds, and with the newest that there are now.
 test-oldest: .venv-oldest/constraints.txt

@@ -1,6 +1,7 @@
 """Jobs for the runner's tests, in a module that worker processes import quickly."""
 
 import os
+import signal
 import time
 
 
@@ -8,6 +9,12 @@ def square(job):
     if job["x"] == "broken":
         raise RuntimeError("cannot be squared")
     return {"y": job["x"] ** 2, "process": os.getpid()}
+
+
+def deadly(job):
+    if job["x"] in (0, 5):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return square(job)
 
 
 def slow(job):

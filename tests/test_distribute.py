@@ -74,13 +74,20 @@ def test_a_replica_without_examples(strategy, blobs):
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
-@pytest.mark.parametrize("settings", [{}, {"posterior": "label"}, {"retain_probability": 0.6}], ids=str)
-def test_fit_evaluate_predict_in_all_modes(strategy, blobs, settings):
+@pytest.mark.parametrize("settings", [{"posterior": "label"}, {"retain_probability": 0.6}], ids=str)
+def test_other_heads_train(strategy, blobs, settings):
     x, y = blobs
     with strategy.scope():
         model = build(**settings)
+    assert model.fit(x, y, batch_size=32, epochs=10, verbose=0).history["accuracy"][-1] > 0.8
+
+
+def test_fit_evaluate_predict_in_all_modes(strategy, blobs):
+    x, y = blobs
+    with strategy.scope():
+        model = build()
     model.fit(x, y, batch_size=32, epochs=10, validation_data=(x, y), callbacks=[DropMaxPredict("sampled")], verbose=0)
-    single = build(**settings)
+    single = build()
     single.set_weights(model.get_weights())
     for mode in ["expected", "exact", "softmax"]:
         callbacks = [DropMaxPredict(mode)]

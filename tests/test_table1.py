@@ -55,7 +55,7 @@ def test_results_name_the_device(monkeypatch):
     gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
     monkeypatch.setattr(tf.config, "list_physical_devices", {"GPU": [gpu]}.__getitem__)
     monkeypatch.setattr(tf.config.experimental, "get_device_details", {gpu: {"device_name": "a fast one"}}.__getitem__)
-    assert runner.environment()["device"] == "a fast one"
+    assert runner.device() == "a fast one"
 
 
 def test_a_job_that_fails_does_not_take_the_others_along(tmp_path):
@@ -63,6 +63,13 @@ def test_a_job_that_fails_does_not_take_the_others_along(tmp_path):
     with pytest.raises(UserError, match=r"1 of 3 jobs failed.*cannot be squared"):
         runner.run(jobs.square, [{"x": 1}, {"x": "broken"}, {"x": 2}], path)
     assert {record["result"]["y"] for record in runner.read(path).values()} == {1, 4}
+
+
+def test_a_job_that_kills_its_process_does_not_take_the_others_along(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(UserError, match=r"2 of 8 jobs failed.*BrokenProcessPool"):
+        runner.run(jobs.deadly, [{"x": x} for x in range(8)], path)
+    assert sorted(record["result"]["y"] for record in runner.read(path).values()) == [1, 4, 9, 16, 36, 49]
 
 
 def test_a_line_cut_short_is_done_again_and_a_strange_file_refused(tmp_path):

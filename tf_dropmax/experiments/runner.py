@@ -1,13 +1,15 @@
 """Runs many jobs, in worker processes; results go to a JSON-lines file at once, and a killed run goes on from there."""
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import platform
+import subprocess
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,15 +39,29 @@ def read(path):
     return records
 
 
+@functools.cache
 def environment():
     """Versions and device, which are stored with every result."""
     packages = ("tf_dropmax", "tensorflow", "keras", "numpy")
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
+        "commit": _commit(),
         "device": device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
+
+
+def _commit():
+    """Of the checkout that this file is in, with a `+` if it has been changed since; `None` if it is in none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit, changes = (
+            subprocess.run([*git, *command.split()], check=True, capture_output=True, text=True).stdout.strip()
+            for command in ("rev-parse --short HEAD", "status --porcelain -- ..")
+        )
+        return commit + ("+" if changes else "")
+    return None
 
 
 def device():
@@ -79,7 +95,8 @@ def run(execute, jobs, path, workers=2, console=None):
         The records of all the jobs, in their order.
 
     Raises:
-        UserError: if the file cannot be read or written; if a job failed, after all others have run.
+        UserError: if the file cannot be read or written; if a job failed, or its process was killed twice, after all others
+            have run.
     """
     path = Path(path)
     records = read(path)
@@ -123,12 +140,26 @@ def _executed(execute, jobs, workers):
     """Yields every job, when it is done or has failed, with a function that returns its result or raises its exception."""
     if workers == 1:
         for job in jobs:
-            yield job, partial(execute, job)
-    else:
+            yield job, functools.partial(execute, job)
+        return
+    suspects = set()  # keys of jobs that may have been running when a worker died
+    while jobs:
+        unfinished = {}
         with _pool(workers) as pool, _ended_by_exceptions(pool):
             futures = {pool.submit(execute, job): job for job in jobs}
             for future in as_completed(futures):
-                yield futures[future], future.result
+                if isinstance(future.exception(), BrokenProcessPool):
+                    unfinished[key(futures[future])] = future
+                else:
+                    yield futures[future], future.result
+        # Jobs begin in their order. One that was there when a worker died, twice, is taken for the cause, e.g. for want of
+        # memory; the others are tried again.
+        jobs = [job for job in jobs if key(job) in unfinished]
+        running, rest = jobs[:workers], jobs[workers:]
+        for job in [job for job in running if key(job) in suspects]:
+            yield job, unfinished[key(job)].result
+        jobs = rest + [job for job in running if key(job) not in suspects]
+        suspects.update(map(key, running))
 
 
 @contextlib.contextmanager

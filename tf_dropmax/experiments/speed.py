@@ -40,10 +40,11 @@ def run(parts=PARTS, classes=(10, 100, 1000, 10_000, 50_000), policies=None, rep
         output: Path of the folder for the results. Defaults to `"dropmax-speed"`.
 
     Returns:
-        `{part: [{"what": text, contender: {"ms" or "MiB": number, "ratio": number}}]}`.
+        `{"environment": versions and device, part: [{"what": text, contender: {"ms" or "MiB": number, "ratio": number}}]}`,
+        with the parts that the folder had before.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written, or has measurements of another environment.
     """
     console = Console()
     if not console.is_terminal:
@@ -52,6 +53,9 @@ def run(parts=PARTS, classes=(10, 100, 1000, 10_000, 50_000), policies=None, rep
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "speed.json").touch()
+        results = json.loads((output / "speed.json").read_text() or "{}")
+    except ValueError as error:
+        raise UserError(f"{output / 'speed.json'} is not a result of this program ({error}).") from error
     except OSError as error:
         raise UserError(f"The output folder {output} cannot be written ({error.strerror or error}).") from error
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
@@ -64,15 +68,16 @@ def run(parts=PARTS, classes=(10, 100, 1000, 10_000, 50_000), policies=None, rep
         "memory": partial(_memory, max(classes)),
         "growth": _growth,
     }
-    results = {}
+    if results.setdefault("environment", runner.environment()) != runner.environment():
+        raise UserError(f"{output} has measurements of another device or version: name another folder.")
     for part in parts:
         results[part] = []
         for row in measure[part]():
             console.print(_line(row))
             results[part].append(row)
-            (output / "speed.json").write_text(json.dumps({"environment": runner.environment(), **results}, indent=1))
+            (output / "speed.json").write_text(json.dumps(results, indent=1))
         console.print(_table(part, results[part]))
-    if "growth" in results:
+    if "growth" in parts:
         _picture(results["growth"]).savefig(output / "growth.png", dpi=150)
     console.print(f"numbers: {output / 'speed.json'}", soft_wrap=True)
     return results
@@ -288,7 +293,9 @@ def print_peak(classes, name, compiled):
 
 
 def _peak_so_far():
-    """In MiB, of this process. `getrusage` would not do: a process starts with the peak of the one that started it."""
+    """In MiB, of the GPU or else of this process (`getrusage` would give what the process that started it had)."""
+    if tf.config.list_physical_devices("GPU"):
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"] / 2**20
     return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
 
 
