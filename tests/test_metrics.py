@@ -280,3 +280,21 @@ def test_two_replicas_count_every_example_once(blobs):
     history = model.fit(x, labels, batch_size=32, verbose=0).history
     assert set(history) == set(one)
     assert np.isfinite(list(history.values())).all()
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        tf_dropmax.NegativeLogLikelihood(from_logits=False),
+        tf_dropmax.BrierScore(from_logits=False),
+        tf_dropmax.ExpectedCalibrationError(from_logits=False),
+        tf_dropmax.TargetRetainProbability(),
+        tf_dropmax.NonTargetRetainProbability(),
+        tf_dropmax.RetainedClasses(),
+    ],
+    ids=lambda metric: metric.name,
+)
+def test_what_is_no_probability_is_refused(metric):
+    for wrong in ([[-0.7, -0.7]], [[1.5, 0.5]]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"Expected `y_pred` in \[0, 1\]"):
+            metric([0], tf.constant(wrong))

@@ -108,6 +108,20 @@ def test_sequences_and_subclassed_models(rng, run_eagerly):
     assert history["retain_target"][0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_masked_positions_do_not_count(rng):
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Embedding(7, 4, mask_zero=True), DropMaxHead(3)])
+    model.compile("sgd", DropMaxLoss())
+    x, y = rng.integers(7, size=(6, 5)), rng.integers(3, size=(6, 5))
+    x[0], x[1, 1:] = 0, 0
+    monitor = DropMaxMonitor(x, y, batch_size=2)  # a batch counts by its positions, not by its rows
+    history = model.fit(x, y, callbacks=[monitor], verbose=0).history
+    rho = model.layers[-1].retain_probabilities(model.layers[0](x)).numpy()
+    counted = [rho[i, j, y[i, j]] for i in range(6) for j in range(5) if x[i, j]]
+    assert 0 < len(counted) < 26
+    assert history["retain_target"][0] == pytest.approx(np.mean(counted), rel=1e-5)
+    assert history["retained_classes"][0] == pytest.approx(rho.sum(-1)[x != 0].mean(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

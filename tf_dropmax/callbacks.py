@@ -158,7 +158,7 @@ class DropMaxMonitor(keras.callbacks.Callback):
 
     Args:
         x: Inputs of the model as for `predict`, a tensor, an array or a structure of them, of `(examples, ...)`; or `None`:
-            nothing is watched. Take validation data. Defaults to `None`.
+            nothing is watched. Take validation data. Positions that a Keras mask leaves out do not count. Defaults to `None`.
         y: Int labels, `(examples, ...)` or `(examples, ..., 1)`; needed with `x`. Defaults to `None`.
         entropy_weight: `None` or a function from the epoch, an int from 0, to the weight to train it with, a non-negative
             float. Defaults to `None`.
@@ -235,11 +235,11 @@ class DropMaxMonitor(keras.callbacks.Callback):
             rows = slice(start, start + self.batch_size)
             y = self.y[rows]
             x = keras.tree.map_structure(lambda part, rows=rows: tf.convert_to_tensor(part[rows]), self.x)
-            total += len(y) * self._statistics(x, tf.constant(y, tf.int32)).numpy()
-        return total / len(self.y)
+            total += self._statistics(x, tf.constant(y, tf.int32)).numpy()
+        return total[:, 1:] / total[:, :1]
 
     def _statistics_of(self, x, y):
-        """Means over a batch, shape `(heads, statistics)`."""
+        """Sums over a batch, after their weight, shape `(heads, 1 + statistics)`."""
         with contextlib.ExitStack() as stack:
             inputs = [stack.enter_context(_listening(head)) for head in self._heads]
             self.model(x, training=False)
@@ -252,20 +252,22 @@ _STATISTICS = ("retain_target", "retain_others", "retained_classes", "mask_entro
 def _mask_statistics(head, inputs, labels):
     if len(inputs) != 1:
         raise ValueError(f"Expected a model that calls its head {head.name!r} once. Received: {len(inputs)} calls of it")
-    rho = tf.cast(head.retain_probabilities(inputs[0]), tf.float64)
-    entropy = -tf.math.xlogy(rho, rho) - tf.math.xlog1py(1 - rho, -rho)
-    return [tf.reduce_mean(values) for values in (*retain_statistics(labels, rho), entropy)]
+    ((features, mask),) = inputs
+    rho = tf.cast(head.retain_probabilities(features), tf.float64)
+    entropy = tf.reduce_mean(-tf.math.xlogy(rho, rho) - tf.math.xlog1py(1 - rho, -rho), axis=-1)
+    weight = tf.ones_like(entropy) if mask is None else tf.cast(mask, tf.float64)
+    return [tf.reduce_sum(weight * values) for values in (1.0, *retain_statistics(labels, rho), entropy)]
 
 
 @contextlib.contextmanager
 def _listening(head):
-    """Inside, what the head is called on for its classes is appended to the list that this yields."""
+    """Inside, what the head is called on for its classes, and its mask, is appended to the list that this yields."""
     heard, call = [], head.call
 
-    def listen(inputs, *args, output="classes", **kwargs):
+    def listen(inputs, training=False, mask=None, *, output="classes"):
         if output == "classes":
-            heard.append(inputs)
-        return call(inputs, *args, output=output, **kwargs)
+            heard.append((inputs, mask))
+        return call(inputs, training, mask, output=output)
 
     head.call = listen
     try:

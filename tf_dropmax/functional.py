@@ -8,6 +8,9 @@ Every function takes any leading shape, computes in float64 if its inputs are an
 gradients included, for any finite input: magnitudes beyond 1e37 are treated as 1e37. A NaN or a logit of
 plus infinity gives NaN; what else is infinite gives NaN or, where there is one, the limit. The paper's epsilon is taken to
 its limit 0, so that a softmax that loses every class to its masks is uniform.
+
+Arguments are not checked here, as `DropMaxHead` does: shapes that do not go together raise TensorFlow's errors, and `samples`
+below 1 gives NaN.
 """
 
 import functools

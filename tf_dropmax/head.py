@@ -327,6 +327,9 @@ class DropMaxHead(keras.layers.Layer):
 
         Returns:
             Tensor of shape `(batch, ..., units)`, float32 (float64 under the policy `"float64"`).
+
+        Raises:
+            ValueError: if the inputs are not floating point or have another last dimension, or `output` is not as above.
         """
         _check_floating(inputs.dtype)
         if check_one_of("output", output, OUTPUTS) == "retain_probabilities":
@@ -382,8 +385,8 @@ class DropMaxHead(keras.layers.Layer):
             "softmax": lambda: functional.softmax(logits),
         }
         target = _export_format()
-        if target == "onnx" and self.predict_mode == "sampled":
-            raise ValueError("tf2onnx cannot convert the random numbers of mode 'sampled'. Received: predict_mode='sampled'")
+        if target in ("onnx", "litert") and self.predict_mode == "sampled":
+            raise ValueError(f"A file of format '{target}' cannot draw masks. Received: predict_mode='sampled'")
         if target is not None:  # the mode will not change any more, and other runtimes understand no switch
             return modes[self.predict_mode]()
         index = tf.cast(state[0], tf.int32)
@@ -397,6 +400,9 @@ class DropMaxHead(keras.layers.Layer):
 
         Returns:
             Tensor of shape `(batch, ..., units)`, float32 (float64 under the policy `"float64"`), values in [0, 1].
+
+        Raises:
+            ValueError: if the features are not floating point or have another last dimension.
 
         Example:
 
@@ -420,6 +426,9 @@ class DropMaxHead(keras.layers.Layer):
 
         Returns:
             A `tf_dropmax.functional.Uncertainty`, see there. The predict mode makes no difference to it.
+
+        Raises:
+            ValueError: if the features are not floating point or have another last dimension, or `samples` is not as above.
 
         Example:
 

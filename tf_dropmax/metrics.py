@@ -44,6 +44,10 @@ class NegativeLogLikelihood(_ProbabilityMean):
     Shapes:
         y_pred `(batch, ..., T)`; y_true `(batch, ...)` or `(batch, ..., 1)` (sparse) or `(batch, ..., T)` (dense).
 
+    Raises:
+        ValueError, TypeError: if an argument is not as above, or labels have another shape.
+        tf.errors.InvalidArgumentError: for a label outside [0, T), or probabilities outside [0, 1]; not where XLA compiles.
+
     Example:
 
     >>> metric = tf_dropmax.NegativeLogLikelihood(from_logits=False)
@@ -69,6 +73,10 @@ class BrierScore(_ProbabilityMean):
 
     Shapes:
         As for `NegativeLogLikelihood`.
+
+    Raises:
+        ValueError, TypeError: if an argument is not as above, or labels have another shape.
+        tf.errors.InvalidArgumentError: for a label outside [0, T), or probabilities outside [0, 1]; not where XLA compiles.
 
     Example:
 
@@ -106,7 +114,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         As for `NegativeLogLikelihood`.
 
     Raises:
-        ValueError, TypeError: if an argument is not as above.
+        ValueError, TypeError: if an argument is not as above, or labels have another shape.
+        tf.errors.InvalidArgumentError: for a label outside [0, T), or probabilities outside [0, 1]; not where XLA compiles.
 
     Example:
 
@@ -182,6 +191,10 @@ class TargetRetainProbability(_RetainMean):
     Shapes:
         y_pred `(batch, ..., T)`, retain probabilities; y_true as for `DropMaxLoss`.
 
+    Raises:
+        ValueError, TypeError: if an argument is not as above, or labels have another shape.
+        tf.errors.InvalidArgumentError: for a label outside [0, T), or probabilities outside [0, 1]; not where XLA compiles.
+
     Example:
 
     >>> inputs, head = keras.Input((4,)), tf_dropmax.DropMaxHead(3)
@@ -214,6 +227,10 @@ class NonTargetRetainProbability(_RetainMean):
     Shapes:
         As for `TargetRetainProbability`, which shows how a model comes to have this output.
 
+    Raises:
+        ValueError, TypeError: if an argument is not as above, or labels have another shape.
+        tf.errors.InvalidArgumentError: for a label outside [0, T), or probabilities outside [0, 1]; not where XLA compiles.
+
     Example:
 
     >>> metric = tf_dropmax.NonTargetRetainProbability()
@@ -235,6 +252,10 @@ class RetainedClasses(_RetainMean):
 
     Shapes:
         As for `TargetRetainProbability`, which shows how a model comes to have this output.
+
+    Raises:
+        ValueError, TypeError: if an argument is not as above, or labels have another shape.
+        tf.errors.InvalidArgumentError: for a label outside [0, T), or probabilities outside [0, 1]; not where XLA compiles.
 
     Example:
 
@@ -263,7 +284,7 @@ def retain_statistics(y_true, retain):
     >>> [values.numpy().tolist() for values in retain_statistics([1], [[1.0, 0.5, 0.25]])]
     [[0.5], [0.625], [1.75]]
     """
-    retain = tf.cast(retain, "float64")
+    retain = _checked(tf.cast(retain, "float64"), "retain probabilities (the head's `output='retain_probabilities'`)")
     target, total = _at_label(y_true, retain), tf.reduce_sum(retain, axis=-1)
     others = tf.cast(tf.maximum(tf.shape(retain)[-1] - 1, 1), "float64")
     return target, (total - target) / others, total
@@ -272,7 +293,7 @@ def retain_statistics(y_true, retain):
 def _negative_log_likelihood(y_true, y_pred, from_logits):
     if from_logits:
         return -_at_label(y_true, tf.nn.log_softmax(_float(y_pred)))
-    p = _float(y_pred)
+    p = _probabilities(y_pred, from_logits)
     return -_at_label(y_true, tf.math.log(tf.maximum(p, np.finfo(p.dtype.as_numpy_dtype).tiny)))
 
 
@@ -283,7 +304,15 @@ def _brier_score(y_true, y_pred, from_logits):
 
 
 def _probabilities(y_pred, from_logits):
-    return tf.nn.softmax(_float(y_pred)) if from_logits else _float(y_pred)
+    return tf.nn.softmax(_float(y_pred)) if from_logits else _checked(_float(y_pred), "probabilities, as `from_logits=False`")
+
+
+def _checked(p, expected):
+    """`p`, if none of it lies outside [0, 1]. A NaN passes, and XLA leaves the assertion out."""
+    wrong = tf.reduce_any((p < 0) | (p > 1.001))
+    check = tf.debugging.Assert(tf.logical_not(wrong), [f"Expected `y_pred` in [0, 1], {expected}. Received:", p])
+    with tf.control_dependencies([] if check is None else [check]):
+        return tf.identity(p)
 
 
 def _float(x):
