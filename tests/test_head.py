@@ -254,7 +254,7 @@ def test_the_posterior_starts_closer_to_the_prior_with_many_classes(units, propo
         head.build((None, 100))
         kernels.append(head.auxiliary_kernel.numpy())
         assert not np.any(head.auxiliary_bias)
-    assert kernels[0].var() == pytest.approx(2 / (100 + units) * proportion, rel=0.3)
+    assert kernels[0].var() == pytest.approx(2 / (100 + units) * proportion**2, rel=0.3)
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert not np.allclose(kernels[0], kernels[2])
     assert not np.allclose(kernels[0], head.retain_kernel)

@@ -72,8 +72,8 @@ class DropMaxHead(keras.layers.Layer):
             themselves (9), as in the submission. `"label"`: from a posterior that an auxiliary classifier on the same features
             informs about the label (NeurIPS 2018), see `tf_dropmax.functional.posterior_scores`; it adds the weights
             `auxiliary_kernel` and `auxiliary_bias`, which have the regularizers and constraints of the retain branch, and are
-            not used by prediction. The kernel starts as Glorot's, but beyond 30 classes with a variance smaller in
-            proportion, for how far the posterior is from the prior is a sum over classes too. Defaults to `"prior"`.
+            not used by prediction. The kernel starts as Glorot's times `min(1, 30 / units)`, for how far the posterior is from
+            the prior is a sum over classes too. Defaults to `"prior"`.
         auxiliary_weight: Non-negative float, weight of the auxiliary classifier's loss with `posterior="label"`, also a sum
             over all classes; 1.0 is as published. `None`: `min(0.1, 3 / units)`. Defaults to `None`.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`, as for every Keras layer.
@@ -311,7 +311,7 @@ class DropMaxHead(keras.layers.Layer):
         # Glorot's, but closer to zero, where the posterior is the prior, if classes are many: with a thousand of them the
         # divergence between the two would come before all else, and the features vanish before they have learned anything.
         seed = None if self.seed is None else (self.seed + 4) % 2**31
-        return keras.initializers.VarianceScaling(_class_scale(self.units), "fan_avg", "uniform", seed=seed)
+        return keras.initializers.VarianceScaling(_class_scale(self.units) ** 2, "fan_avg", "uniform", seed=seed)
 
     def call(self, inputs, training=False, mask=None, *, output="classes"):
         """Scores (in training) or log-probabilities; or retain probabilities.
