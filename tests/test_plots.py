@@ -1,5 +1,7 @@
 """What the pictures say is what the arrays say. (That they are good to look at, no test can tell.)"""
 
+import io
+
 import keras
 import numpy as np
 import pytest
@@ -66,8 +68,25 @@ def test_decision_boundaries():
     assert sum(map(len, points)) == 50
     with pytest.raises(ValueError, match=r"'flat' must return shape \(40000, T\)"):
         plots.decision_boundaries({"flat": lambda grid: grid[:, 0]}, x, y)
+    with pytest.raises(ValueError, match="T at least 2"):
+        plots.decision_boundaries({"one": lambda grid: grid[:, :1]}, x, y)
+    with pytest.raises(ValueError, match=r"in \[0, 2\)"):
+        plots.decision_boundaries({"two": predict}, x, y + 1)
     with pytest.raises(ValueError, match="function"):
         plots.decision_boundaries({}, x, y)
+
+
+@pytest.mark.parametrize("classes", [6, 10, 12])
+def test_decision_boundaries_with_many_classes(classes):
+    x, y = np.random.default_rng(0).integers(9, size=(50, 2)), np.arange(50) % classes
+    figure = plots.decision_boundaries({"near": lambda grid: -np.abs(grid[:, :1] - np.arange(classes))}, x, y)
+    figure.savefig(io.BytesIO())
+    legend = figure.legends[0]
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    looks = {(c.get_facecolor().tobytes(), c.get_paths()[0].vertices.tobytes()) for c in legend.legend_handles}
+    assert len(looks) == classes
 
 
 def test_convergence():
@@ -84,6 +103,15 @@ def test_convergence():
     assert len(styles) == 2
     curves["base"]["test NLL"] -= 3
     assert rendered(plots.convergence(curves, ["test NLL"])).axes[0].get_yscale() == "linear"
+    (band,) = plots.convergence({"one": {"step": [1], "loss": [[1], [3]]}}, ["loss"]).axes[0].collections
+    np.testing.assert_allclose(np.unique(band.get_paths()[0].vertices[:, 1]), [2 - 2**0.5, 2 + 2**0.5])
+    (band,) = plots.convergence({"one": {"step": [1], "loss": [[1], [9]]}}, ["loss"]).axes[0].collections
+    assert band.get_paths()[0].vertices[:, 1].min() == 0.5
+    for seeds in ([[1, 2], [1]], [[1]], [1, 2], []):
+        with pytest.raises(ValueError, match=r"'loss' of 'one' must have shape \(seeds, points\)"):
+            plots.convergence({"one": {"step": [1, 2], "loss": seeds}}, ["loss"])
+    with pytest.raises(ValueError, match="Received: 0 steps"):
+        plots.convergence({"one": {"step": [], "loss": [[]]}}, ["loss"])
     with pytest.raises(ValueError, match="lacks"):
         plots.convergence(curves, ["train NLL"])
     with pytest.raises(ValueError, match="must be curves"):
@@ -113,13 +141,29 @@ def test_examples(predictions, channels):
         np.testing.assert_allclose(predicted, np.exp(log_p[row : row + 1]))
         np.testing.assert_array_equal(drawn, masks[row])
         assert figure.axes[4 * row].get_ylabel() == "abcdef"[y[row]]
-        assert figure.axes[4 * row + 1].lines[0].get_xdata().min() == y[row] - 0.5
+        assert all(axes.lines[0].get_xdata() == [y[row]] for axes in figure.axes[4 * row + 1 : 4 * row + 4])
 
 
 def test_examples_with_very_many_classes():
     rho = np.full((2, 1000), 0.5)
     figure = rendered(plots.examples(np.zeros((2, 4, 4)), rho, np.log(np.full((2, 1000), 1e-3)), np.array([0, 999])))
-    assert len(figure.axes[4].get_xticks()) <= 30
+    assert figure.axes[4].get_xticks().tolist() == list(range(0, 1000, 100))
+    axes = rendered(plots.class_averages(np.eye(26), range(26), "abcdefghijklmnopqrstuvwxyz")).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == list("adgjmpsvy")
+
+
+def test_examples_are_all_on_one_scale():
+    rho, log_p = np.full((1, 2), 0.5), np.log(np.full((1, 2), 0.5))
+    for image in (np.full((1, 4, 4), 0.4), np.full((1, 4, 4), 102, "uint8")):
+        drawn = plots.examples(image, rho, log_p, [0]).axes[0].get_images()[0]
+        np.testing.assert_allclose(drawn.get_array(), 0.4)
+        assert drawn.get_clim() == (0, 1)
+
+
+def test_colours_grow_darker_with_the_value():
+    axes = plots.class_averages(np.eye(2), [0, 1])
+    light, dark = axes.get_images()[0].cmap([0.0, 1.0])[:, :3].mean(1)
+    assert dark < light
 
 
 def test_class_averages_and_confusion(predictions):
@@ -140,7 +184,18 @@ def test_class_averages_and_confusion(predictions):
 
 def test_confusion_of_a_head_that_retains_all_alike(predictions):
     log_p, y, rho = predictions
-    assert "nan" in rendered(plots.confusion(log_p, y, np.full_like(rho, 0.5))).axes[2].get_title()
+    figure = rendered(plots.confusion(log_p, y, np.full_like(rho, 0.5)))
+    assert "nan" in figure.axes[2].get_title()
+    assert figure.axes[1].get_images()[0].get_clim() == (0, 1)
+
+
+def test_colours_of_confusion_span_what_is_off_the_diagonal(predictions):
+    log_p, y, rho = predictions
+    first, second = (axes.get_images()[0] for axes in plots.confusion(log_p, y, rho).axes[:2])
+    assert first.get_clim() == (0, first.get_array().max())
+    assert second.get_clim() == (second.get_array().min(), second.get_array().max())
+    certain = np.log(np.eye(2) + 1e-30)
+    assert rendered(plots.confusion(certain, [0, 1], np.eye(2))).axes[0].get_images()[0].get_clim() == (0, 1)
 
 
 def test_top_and_bottom():
@@ -199,6 +254,19 @@ def test_tensors_and_a_model_will_do():
         (lambda p, y, r: plots.examples(np.zeros((3, 4, 4)), r, p, y), "height"),
         (lambda p, y, r: plots.examples(np.zeros((200, 4, 4)), r, p, y, masks=r), r"\(N, S, T\)"),
         (lambda p, y, r: plots.decision_boundaries({"a": None}, r, y), r"\(N, 2\)"),
+        (lambda p, y, r: plots.examples(np.full((200, 4, 4), 16.0), r, p, y), r"`images` must be in \[0, 1\]"),
+        (lambda p, y, r: plots.examples(np.zeros(200), r, p, y), "height"),
+        (lambda p, y, r: plots.examples(np.zeros((200, 0, 4)), r, p, y), "at least one"),
+        (lambda p, y, r: plots.examples(0.0, r, p, y), "height"),
+        (lambda p, y, r: plots.easy_and_hard(p[:0], y[:0]), "at least one"),
+        (lambda p, y, r: plots.class_averages(r[:0], y[:0]), "at least one"),
+        (lambda p, y, r: plots.confusion(p[:0], y[:0], r[:0]), "at least one"),
+        (lambda p, y, r: plots.decision_boundaries({"a": None}, r[:0, :2], y[:0]), "at least one"),
+        (lambda p, y, r: plots.contours(limit=0), "`limit` must be a positive float"),
+        (lambda p, y, r: plots.top_and_bottom([]), "at least one"),
+        (lambda p, y, r: plots.top_and_bottom(r[:0]), "at least one"),
+        (lambda p, y, r: plots.top_and_bottom(r, label=6), r"`label` must be in \[0, 6\)"),
+        (lambda p, y, r: plots.top_and_bottom(r, label=-1), r"`label` must be in \[0, 6\)"),
         (lambda p, y, r: plots.top_and_bottom(r, count=0), "count"),
     ],
 )

@@ -10,6 +10,7 @@ import keras
 import keras_tuner
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras_tuner import HyperParameters
 
 from tf_dropmax import DropMaxHead, tuning
@@ -103,6 +104,35 @@ def test_wrong_arguments():
     for model in (None, keras.Sequential([keras.layers.Dense(3)])):
         with pytest.raises(ValueError, match="`features` must return a functional or sequential model"):
             DropMaxHyperModel(lambda hp, model=model: model, 3).build(HyperParameters())
+    x = keras.Input((6,))
+    with pytest.raises(ValueError, match=r"a model with one output\. Received: 2 outputs"):
+        DropMaxHyperModel(lambda hp: keras.Model(x, [x + 1, x + 2]), 3).build(HyperParameters())
+
+
+def test_trials_share_no_trained_weights(tmp_path, blobs):
+    one = features(None)
+    hypermodel = Quick(lambda hp: one, 4)
+    tuner = keras_tuner.RandomSearch(hypermodel, hypermodel.objective, max_trials=2, directory=tmp_path)
+    with pytest.raises(ValueError, match="`features` must return a new model at every call"):
+        tuner.search(*blobs, validation_data=blobs, verbose=0)
+    one.trainable = False  # as are the features of another's model, to which nothing happens
+    models = [hypermodel.build(HyperParameters()) for _ in range(2)]
+    assert models[0].layers[-1] is not models[1].layers[-1]
+
+
+def test_dense_labels(tmp_path, blobs):
+    x, y = blobs
+    found = []
+    for name, labels in (("sparse", y), ("dense", np.eye(4, dtype="float32")[y])):
+        hypermodel = Quick(features, 4, optimizer=still, seed=0)
+        tuner = keras_tuner.RandomSearch(
+            hypermodel, hypermodel.objective, max_trials=1, seed=0, directory=tmp_path, project_name=name
+        )
+        tuner.search(x, labels, validation_data=(x, labels), verbose=0)
+        (trial,) = tuner.oracle.trials.values()
+        assert trial.status == "COMPLETED"
+        found.append([trial.metrics.get_best_value(name) for name in ("val_nll", "val_accuracy")])
+    np.testing.assert_allclose(*found, rtol=1e-6)
 
 
 TUNERS = {"BayesianOptimization": {"max_trials": 3, "num_initial_points": 2}, "Hyperband": {"max_epochs": 2, "factor": 2}}
@@ -156,6 +186,97 @@ def test_the_grid_of_a_range_is_the_default_and_ten_values(tmp_path):
         oracle.end_trial(trial)
     assert values[0] == 1
     np.testing.assert_allclose(sorted(values[1:]), 10 ** np.linspace(-1.85, 0.85, 10))
+
+
+class Points(tuning.GridSearch):
+    """Without models, in a grid of 6 points; the first trial finds one of the axes, as `HyperModel.fit` would."""
+
+    def __init__(self, directory):
+        space = HyperParameters()
+        space.Choice("posterior", ["prior", "label"])
+        with space.conditional_scope("posterior", ["label"]):
+            space.Choice("auxiliary_weight", [0.1, 1.0])
+        super().__init__(hyperparameters=space, directory=directory, project_name="grid")
+
+    def run_trial(self, trial, ran, moment, verbose):
+        trial.hyperparameters.Choice("batch_size", [16, 32])
+        ran.append(trial.trial_id)
+        moment()
+        return float(len(ran))
+
+
+def test_a_grid_search_goes_on_from_every_moment(tmp_path, monkeypatch):
+    """From a kill before a file takes the place of the one before, which is after the last one did, or in a trial."""
+    rename = tf.io.gfile.rename
+    moments, stop = 0, None
+
+    def moment():
+        nonlocal moments
+        moments += 1
+        if moments == stop:
+            raise KeyboardInterrupt
+
+    def interrupted(*args, **kwargs):
+        moment()
+        rename(*args, **kwargs)
+
+    monkeypatch.setattr(tf.io.gfile, "rename", interrupted)
+
+    def search(name, ran):
+        tuner = Points(tmp_path / name)
+        tuner.search(ran, moment, verbose=0)
+        return tuner
+
+    def values(tuner):
+        return {name: trial.hyperparameters.values for name, trial in tuner.oracle.trials.items()}
+
+    whole = []
+    grid = values(search("whole", whole))
+    assert whole == sorted(grid)
+    assert len({str(point) for point in grid.values()}) == len(grid) == 6
+    for last in range(1, moments + 1):
+        before, after, moments, stop = [], [], 0, last
+        with pytest.raises(KeyboardInterrupt):
+            search(str(last), before)
+        files = [json.loads(path.read_text()) for path in (tmp_path / str(last)).glob("grid/trial_*/trial.json")]
+        finished = {trial["trial_id"] for trial in files if trial["status"] == "COMPLETED"}
+        stop = None
+        tuner = search(str(last), after)
+        assert values(tuner) == grid
+        assert sorted(after) == sorted(set(grid) - finished)
+        assert len(before) - len(finished) in (0, 1)
+        for name, trial in tuner.oracle.trials.items():
+            assert trial.status == "COMPLETED"
+            assert trial.score == 1 + (after.index(name) if name in after else before.index(name))
+    assert last > 40
+
+
+def test_a_grid_search_goes_on_with_its_models(tmp_path, blobs):
+    x, y = blobs
+
+    def search(name, stop):
+        space = HyperParameters()
+        space.Choice("entropy_weight", [0.1, 1.0, 10.0])
+        hypermodel = Quick(features, 4, seed=0)
+        tuner = tuning.GridSearch(
+            hypermodel, hypermodel.objective, hyperparameters=space, directory=tmp_path, project_name=name
+        )
+
+        def end(batch, logs):
+            if len(tuner.oracle.trials) == stop and batch == 2:
+                raise KeyboardInterrupt
+
+        callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=end)]
+        tuner.search(x, y, validation_data=(x, y), shuffle=False, callbacks=callbacks, verbose=0)
+        return tuner
+
+    with pytest.raises(KeyboardInterrupt):
+        search("stopped", 2)
+    stopped, whole = (search(name, None).oracle.trials for name in ("stopped", "whole"))
+    assert sorted(stopped) == sorted(whole) == ["0000", "0001", "0002"]
+    for name, trial in whole.items():
+        assert stopped[name].hyperparameters.values == trial.hyperparameters.values
+        assert stopped[name].score == pytest.approx(trial.score, rel=1e-5)
 
 
 def test_lambda_alone_gains_nothing(tmp_path, blobs):

@@ -8,17 +8,19 @@ all of it can be read in grey print and by the colour-blind. Figures and equatio
 import numpy as np
 
 from tf_dropmax import functional
-from tf_dropmax.checks import check_positive_int
+from tf_dropmax.checks import check_number, check_positive_int
 
 try:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.markers import CARETDOWN
+    from matplotlib.ticker import LogLocator, MaxNLocator
     from scipy.stats import spearmanr
 except ImportError as error:
     raise ImportError("tf_dropmax.plots needs matplotlib and scipy: pip install 'tf_dropmax[plots]'") from error
 
-_COLOURS = "cividis"
-_LINES = tuple(zip(("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), "osD^vPX", strict=True))
+_COLOURS = "cividis_r"
+_HUES = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_LINES = tuple(zip(_HUES * 10, "osD^vPX*<>" * 7, strict=True))
 _DASHES = ("-", "--", "-.", ":")
 
 
@@ -37,7 +39,7 @@ def contours(retain_probabilities=((0.9, 0.9), (0.5, 0.5), (0.9, 0.4)), limit=5.
         A `matplotlib.figure.Figure`, one row of `1 + len(retain_probabilities)` panels.
 
     Raises:
-        ValueError: if a retain probability is not between 0 and 1.
+        ValueError: if a retain probability is not between 0 and 1, or `limit` is not positive.
 
     Example:
 
@@ -48,6 +50,7 @@ def contours(retain_probabilities=((0.9, 0.9), (0.5, 0.5), (0.9, 0.4)), limit=5.
     pairs = np.asarray(retain_probabilities, "float64")
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not ((pairs > 0) & (pairs < 1)).all():
         raise ValueError(f"`retain_probabilities` must be pairs of numbers between 0 and 1. Received: {retain_probabilities!r}")
+    limit = check_number("limit", limit, "a positive float", lambda value: 0 < value < np.inf)
     line = np.linspace(-limit, limit, 81)
     logits = np.stack(np.meshgrid(line, line), axis=-1)
     panels = {"softmax": functional.softmax(logits)}
@@ -69,19 +72,19 @@ def contours(retain_probabilities=((0.9, 0.9), (0.5, 0.5), (0.9, 0.4)), limit=5.
 
 
 def decision_boundaries(predictors, x, y):
-    """Figure 1(b): which class is predicted where, for inputs of two numbers, and how surely.
+    """Figure 1(b): which class is predicted where, for inputs of two numbers.
 
     Args:
         predictors: Dictionary `{title: function}`; a function maps inputs, shape `(N, 2)`, to log-probabilities, logits or
-            probabilities, shape `(N, T)`, e.g. `lambda x: model.predict(x, verbose=0)`. One panel for each.
+            probabilities, shape `(N, T)`, T at least 2, e.g. `lambda x: model.predict(x, verbose=0)`. One panel for each.
         x: Array, shape `(N, 2)`, the points to draw.
-        y: Integer array, shape `(N,)`, their classes.
+        y: Integer array, shape `(N,)`, their classes, below T.
 
     Returns:
         A `matplotlib.figure.Figure`, one row of panels: classes as shades and markers, boundaries as lines.
 
     Raises:
-        ValueError: if shapes are not as said.
+        ValueError: if there is no function, shapes are not as said, or classes are out of range.
 
     Example:
 
@@ -96,28 +99,30 @@ def decision_boundaries(predictors, x, y):
         raise ValueError("`predictors` must have a function in it. Received: none")
     margin = 0.15 * np.maximum(np.ptp(x, axis=0), 1e-3)
     first, second = (np.linspace(low, high, 200) for low, high in zip(x.min(0) - margin, x.max(0) + margin, strict=True))
-    grid = np.stack(np.meshgrid(first, second), axis=-1).reshape(-1, 2).astype(x.dtype)
+    grid = np.stack(np.meshgrid(first, second), axis=-1).reshape(-1, 2).astype(np.result_type(x, "float32"))
     figure = Figure(figsize=(3.4 * len(predictors), 3.4), layout="constrained")
     for axes, (title, predict) in zip(
         np.ravel(figure.subplots(1, len(predictors), sharey=True)), predictors.items(), strict=True
     ):
         outputs = np.asarray(predict(grid))
-        if outputs.ndim != 2 or len(outputs) != len(grid):
-            raise ValueError(f"{title!r} must return shape ({len(grid)}, T). Received: shape {outputs.shape}")
+        if outputs.ndim != 2 or len(outputs) != len(grid) or outputs.shape[1] < 2:
+            raise ValueError(f"{title!r} must return shape ({len(grid)}, T), T at least 2. Received: shape {outputs.shape}")
+        count = outputs.shape[1]
+        _labels("y", y, len(x), count)
         classes = outputs.argmax(-1).reshape(200, 200)
-        count = max(outputs.shape[1], int(y.max()) + 1)
-        axes.pcolormesh(first, second, classes, cmap="Greys", vmin=-0.5, vmax=2 * count, rasterized=True)
+        axes.pcolormesh(first, second, classes, cmap="Greys", vmin=-0.5, vmax=3 * count, rasterized=True)
         for label in range(count):
             if 0 < (classes == label).mean() < 1:
                 axes.contour(first, second, classes == label, [0.5], colors="black", linewidths=1)
             colour, marker = _LINES[label % len(_LINES)]
             axes.scatter(
-                *x[y == label].T, s=14, color=colour, marker=marker, edgecolors="white", linewidths=0.4, label=str(label)
+                *x[y == label].T, s=28, color=colour, marker=marker, edgecolors="black", linewidths=0.5, label=str(label)
             )
         axes.set(title=title, xticks=[], yticks=[])
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(count, 10), title="class", frameon=False
-    )
+    columns = min(count, 5 * len(predictors))
+    figure.set_figheight(3.4 + 0.2 * -(-count // columns))
+    style = {"title": "class", "frameon": False, "handlelength": 1, "handletextpad": 0.3, "columnspacing": 1}
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, **style)
     return figure
 
 
@@ -131,10 +136,11 @@ def convergence(curves, measures=("train NLL", "test NLL", "test error %")):
             `("train NLL", "test NLL", "test error %")`.
 
     Returns:
-        A `matplotlib.figure.Figure`. Axes that hold positive values only are logarithmic.
+        A `matplotlib.figure.Figure`. Axes that hold positive values only are logarithmic; the bands there do not go below half
+        the smallest seed.
 
     Raises:
-        ValueError: if there is no curve, or one lacks a measure.
+        ValueError: if there is no curve, or one lacks a measure, or has not as many values as steps, at least one.
 
     Example:
 
@@ -149,18 +155,27 @@ def convergence(curves, measures=("train NLL", "test NLL", "test error %")):
         absent = [name for name in ("step", *measures) if name not in curve]
         if absent:
             raise ValueError(f"The curve of {method!r} lacks {absent}. Received: {sorted(curve)}")
+        points = np.size(curve["step"])
+        for measure in measures:
+            sizes = [np.size(seed) for seed in curve[measure]]
+            if points == 0 or set(sizes) != {points}:
+                raise ValueError(
+                    f"{measure!r} of {method!r} must have shape (seeds, points), a value for each step, at least one. "
+                    f"Received: {points} steps, seeds of {sizes} values"
+                )
     figure = Figure(figsize=(3.6 * len(measures), 3.6), layout="constrained")
     for axes, measure in zip(np.ravel(figure.subplots(1, len(measures))), measures, strict=True):
-        positive = True
+        positive = all(np.min(curve[measure]) > 0 for curve in curves.values())
         for index, (method, curve) in enumerate(curves.items()):
             colour, marker = _LINES[index % len(_LINES)]
-            values = np.atleast_2d(np.asarray(curve[measure], "float64"))
+            values = np.asarray(curve[measure], "float64").reshape(-1, np.size(curve["step"]))
             mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0
-            low, high = np.minimum(mean, np.maximum(mean - spread, values.min(0))), mean + spread
+            low, high = mean - spread, mean + spread
+            if positive:
+                low = np.maximum(low, values.min(0) / 2)
             style = {"color": colour, "linestyle": _DASHES[index % len(_DASHES)], "marker": marker, "markersize": 4}
             axes.plot(curve["step"], mean, label=method, markevery=(index, max(1, len(mean) // 6)), **style)
             axes.fill_between(curve["step"], low, high, color=colour, alpha=0.15, linewidth=0)
-            positive = positive and (low > 0).all()
         axes.set(xlabel="training step", ylabel=measure)
         if positive:
             _logarithmic(axes, "y", (1, 2, 5))
@@ -191,6 +206,9 @@ def easy_and_hard(log_probabilities, labels, count=4):
     Returns:
         Two integer arrays of `count` indices: easiest first, hardest first.
 
+    Raises:
+        ValueError: if shapes do not go together, values are not log-probabilities, or `count` is not positive.
+
     Example:
 
     >>> easy, hard = plots.easy_and_hard(np.log([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), [0, 0, 0], count=1)
@@ -207,10 +225,10 @@ def examples(images, retain_probabilities, log_probabilities, labels, masks=None
     """Figure 4(a-c): examples beside what the head makes of them, a row of heat maps for each.
 
     Args:
-        images: Array, shape `(N, height, width)` or `(N, height, width, 1 or 3)`, values in [0, 1] or bytes.
+        images: Array, shape `(N, height, width)` or `(N, height, width, 1 or 3)`, values in [0, 1] or bytes (uint8).
         retain_probabilities: Array, shape `(N, T)`, from `head.retain_probabilities`.
         log_probabilities: Array, shape `(N, T)`, what the model predicts.
-        labels: Integer array, shape `(N,)`; the label's cell is outlined.
+        labels: Integer array, shape `(N,)`; a triangle above the heat maps points at the label.
         masks: Array, shape `(N, S, T)`, sampled masks in [0, 1], drawn below each other; or `None`: no masks. Defaults to
             `None`.
         class_names: Sequence of T strings, or `None`: numbers. Defaults to `None`.
@@ -219,7 +237,7 @@ def examples(images, retain_probabilities, log_probabilities, labels, masks=None
         A `matplotlib.figure.Figure`, N rows.
 
     Raises:
-        ValueError: if shapes do not go together, or values are not in [0, 1].
+        ValueError: if shapes do not go together, values are not in [0, 1], or predictions are not log-probabilities.
 
     Example:
 
@@ -234,8 +252,9 @@ def examples(images, retain_probabilities, log_probabilities, labels, masks=None
         "images",
         images,
         f"({len(labels)}, height, width[, 1 or 3])",
-        lambda a: len(a) == len(labels) and (a.ndim == 3 or (a.ndim == 4 and a.shape[3] in (1, 3))),
+        lambda a: a.ndim in (3, 4) and len(a) == len(labels) and a.shape[3:] in ((), (1,), (3,)),
     )
+    images = _shares("images", images / 255 if images.dtype == "uint8" else images, images.shape)
     names = _names(class_names, log_probabilities.shape[1])
     columns = {"retain probability": retain[:, None], "prediction": np.exp(log_probabilities)[:, None]}
     if masks is not None:
@@ -245,14 +264,14 @@ def examples(images, retain_probabilities, log_probabilities, labels, masks=None
     figure = Figure(figsize=(1 + 3.1 * len(columns), 0.8 + height * len(labels)), layout="constrained")
     grid = figure.subplots(len(labels), 1 + len(columns), squeeze=False, width_ratios=[1, *[3.2] * len(columns)])
     for row, cells in enumerate(grid):
-        cells[0].imshow(images[row].squeeze(), cmap="gray_r")
+        cells[0].imshow(images[row].squeeze(), cmap="gray_r", vmin=0, vmax=1)
         cells[0].set(xticks=[], yticks=[])
         cells[0].set_ylabel(names[labels[row]], rotation=0, ha="right", va="center")
         for axes, (title, values) in zip(cells[1:], columns.items(), strict=True):
-            drawn = axes.imshow(values[row], cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-            _outline(axes, labels[row] - 0.5, -0.5, values[row].shape[0])
-            axes.set(yticks=[], title=title if row == 0 else "")
-            axes.title.set_fontsize(10)
+            drawn = axes.imshow(values[row], cmap=_COLOURS, vmin=0, vmax=1, aspect="auto")
+            axes.plot(labels[row], 1, "k", marker=CARETDOWN, transform=axes.get_xaxis_transform(), clip_on=False)
+            axes.set_yticks([])
+            axes.set_title(title if row == 0 else "", fontsize=10, pad=9)
             _name_ticks(axes.xaxis, names if row == len(labels) - 1 else [])
     figure.colorbar(drawn, ax=grid, shrink=min(1, 2.5 / figure.get_figheight()), pad=0.02)
     return figure
@@ -291,14 +310,14 @@ def top_and_bottom(retain_probabilities, class_names=None, count=5, label=None, 
         retain_probabilities: Array, shape `(T,)`, or `(N, T)` to be averaged.
         class_names: Sequence of T strings, or `None`: numbers. Defaults to `None`.
         count: Positive int, how many of each; all, if there are not more than twice as many. Defaults to 5.
-        label: `None` or int, a class whose bar is hatched, if it is among them. Defaults to `None`.
+        label: `None` or int in [0, T), a class whose bar is hatched, if it is among them. Defaults to `None`.
         axes: `matplotlib.axes.Axes` to draw into, or `None`: new ones. Defaults to `None`.
 
     Returns:
         The axes, with a horizontal bar for each class, the most retained at the top.
 
     Raises:
-        ValueError: if shapes do not go together, or values are not in [0, 1].
+        ValueError: if shapes do not go together, values or `label` are out of range, or `count` is not positive.
 
     Example:
 
@@ -309,6 +328,8 @@ def top_and_bottom(retain_probabilities, class_names=None, count=5, label=None, 
     count = check_positive_int("count", count)
     retain = _shares("retain_probabilities", np.atleast_2d(np.asarray(retain_probabilities, "float64"))).mean(0)
     names = _names(class_names, len(retain))
+    if label is not None and label not in range(len(retain)):
+        raise ValueError(f"`label` must be in [0, {len(retain)}). Received: label={label!r}")
     order = np.argsort(-retain, kind="stable")
     cut = len(order) > 2 * count
     shown = np.concatenate([order[:count], order[-count:]]) if cut else order
@@ -335,7 +356,7 @@ def reliability_diagram(log_probabilities, labels, bins=15, axes=None):
         The axes. The title gives the expected calibration error, of `tf_dropmax.ExpectedCalibrationError`.
 
     Raises:
-        ValueError: if shapes do not go together or `bins` is not positive.
+        ValueError: if shapes do not go together, values are not log-probabilities, or `bins` is not positive.
 
     Example:
 
@@ -376,10 +397,10 @@ def confusion(log_probabilities, labels, retain_probabilities, class_names=None)
     Returns:
         A `matplotlib.figure.Figure` of three panels, for every pair of a true and another class: the mean probability of
         the other, its mean retain probability, and the one against the other with their rank correlation. The diagonals are
-        left out.
+        left out; colours span the range of what is left.
 
     Raises:
-        ValueError: if shapes do not go together, or retain probabilities are not in [0, 1].
+        ValueError: if shapes do not go together, values are not log-probabilities, or retain probabilities not in [0, 1].
 
     Example:
 
@@ -394,22 +415,25 @@ def confusion(log_probabilities, labels, retain_probabilities, class_names=None)
     for matrix in (confused, retained):
         np.fill_diagonal(matrix, np.nan)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
     first, second, third = figure.subplots(1, 3)
-    _matrix(confused, class_names, "mean probability", first, top=None)
-    _matrix(retained, class_names, "mean retain probability", second)
+    _matrix(confused, class_names, "mean probability", first, (0, np.nanmax(confused)))
+    _matrix(retained, class_names, "mean retain probability", second, (np.nanmin(retained), np.nanmax(retained)))
     known = np.isfinite(confused)
     x, y = retained[known], np.maximum(confused[known], 1e-12)
-    third.scatter(x, y, s=16, facecolors="none", edgecolors="black", linewidths=0.7)
+    size = np.clip(5000 / len(x), 0.5, 16)
+    third.scatter(x, y, s=size, facecolors="none", edgecolors="black", linewidths=size / 20)
     third.set(xlabel="mean retain probability", ylabel="mean probability", yscale="log")
     varied = np.ptp(x) > 0 and np.ptp(y) > 0
     third.set_title(f"rank correlation {spearmanr(x, y).statistic if varied else np.nan:.2f}")
     return figure
 
 
-def _matrix(values, class_names, title, axes, top=1):
+def _matrix(values, class_names, title, axes, limits=(0, 1)):
     names = _names(class_names, len(values))
     axes = axes or Figure(figsize=(4.4, 3.8), layout="constrained").subplots()
-    drawn = axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=top, interpolation="nearest")
+    low, high = limits if np.ptp(limits) > 1e-6 else (0, 1)
+    drawn = axes.imshow(values, cmap=_COLOURS, vmin=low, vmax=high)
     _name_ticks(axes.xaxis, names)
     _name_ticks(axes.yaxis, names)
     axes.set(title=title, xlabel="class", ylabel="true class")
@@ -417,18 +441,13 @@ def _matrix(values, class_names, title, axes, top=1):
     return axes
 
 
-def _outline(axes, left, bottom, height):
-    """White on black, to stand out from any colour."""
-    for colour, width in (("black", 3.2), ("white", 1.4)):
-        corners = [(left, bottom), (left + 1, bottom), (left + 1, bottom + height), (left, bottom + height), (left, bottom)]
-        axes.plot(*zip(*corners, strict=True), color=colour, linewidth=width, clip_on=False, zorder=4)
-
-
 def _name_ticks(axis, names):
-    """Names of classes along an axis, at most thirty of them."""
-    step = -(-len(names) // 30) or 1
-    axis.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
-    crowded = axis.axis_name == "x" and max(map(len, map(str, names)), default=0) * len(names) > 30
+    """Names of classes along an axis: all of up to twenty; of more about ten, evenly spaced."""
+    count = len(names)
+    ticks = range(count) if count <= 20 else MaxNLocator(10, integer=True).tick_values(0, count - 1)
+    ticks = [int(k) for k in ticks if k < count]
+    axis.set_ticks(ticks, [names[k] for k in ticks])
+    crowded = axis.axis_name == "x" and max((len(names[k]) for k in ticks), default=0) * len(ticks) > 30
     axis.set_tick_params(labelsize=8, labelrotation=90 if crowded else 0)
 
 
@@ -443,15 +462,15 @@ def _means_by_class(values, labels):
 
 def _array(name, value, shape, fits):
     value = np.asarray(value)
-    if not fits(value):
-        raise ValueError(f"`{name}` must have shape {shape}. Received: shape {value.shape}")
+    if not fits(value) or value.size == 0:
+        raise ValueError(f"`{name}` must have shape {shape} and at least one value. Received: shape {value.shape}")
     return value
 
 
 def _labels(name, labels, count, classes=None):
     labels = _array(name, labels, f"({count},)", lambda a: a.shape == (count,))
-    if count == 0 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"`{name}` must be integers, at least one. Received: {count} of dtype {labels.dtype}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"`{name}` must be integers. Received: dtype {labels.dtype}")
     if labels.min() < 0 or (classes and labels.max() >= classes):
         raise ValueError(f"`{name}` must be in [0, {classes or 'T'}). Received: labels from {labels.min()} to {labels.max()}")
     return labels

@@ -12,7 +12,7 @@ The setting that matters is `entropy_weight`, and to tune it takes nothing from 
 >>> tuner = keras_tuner.RandomSearch(build, objective, max_trials=20, directory=directory)
 
 What is here knows the other settings that are worth a search, with their ranges (`dropmax_head`), and compiles the model too
-(`DropMaxHyperModel`).
+(`DropMaxHyperModel`). And a grid search that was killed goes on (`GridSearch`).
 
 The objective must measure the same for every trial: a metric on validation data, `val_nll` as above or `val_accuracy`. The
 training loss has `entropy_weight` in it, and a tuner could lower it without anything learned. `val_loss` has not, but it has
@@ -21,16 +21,23 @@ the penalties of the model's regularizers: it will do only if none of these is t
 Every tuner of keras-tuner 1.4.8 takes these spaces. `GridSearch` tries eleven values of a range: the default and ten at even
 distances on the logarithmic scale; to have fewer, give it entries of your own, see `dropmax_head`. `BayesianOptimization`
 needs scikit-learn and scipy, `pip install 'keras-tuner[bayesian]'`. A search that was killed goes on where it was, with the
-trial that was cut off, when the same program runs again with `overwrite=False`, the default. Only `GridSearch` does not: it
-fails with a `KeyError`. `RandomSearch` in a finite space tries no combination twice, and can take its place. The `seed` of a
-tuner is for the values it tries; masks and initial weights of the head are the same in all trials if the head has a `seed`.
+trial that was cut off, when the same program runs again with `overwrite=False`, the default. Only `keras_tuner.GridSearch`
+does not: it fails with a `KeyError`, and `GridSearch` of this module takes its place. The `seed` of a tuner is for the values
+it tries; masks and initial weights of the head are the same in all trials if the head has a `seed`.
 """
+
+import functools
+import json
+import os
+import weakref
 
 import keras
 import keras_tuner
+import tensorflow as tf
 
 from tf_dropmax.head import POSTERIORS, DropMaxHead
 from tf_dropmax.losses import DropMaxLoss
+from tf_dropmax.metrics import NegativeLogLikelihood
 
 TUNABLE = ("entropy_weight", "temperature", "posterior", "retain_l2")
 
@@ -103,12 +110,14 @@ def dropmax_head(hp, units, tune=("entropy_weight",), **kwargs):
 class DropMaxHyperModel(keras_tuner.HyperModel):
     """A hypermodel: the features are yours, on top comes a head with tuned settings, and the model is compiled.
 
-    The metrics are the accuracy and `nll`, the negative log-likelihood in nats, for sparse labels. On validation data that is
-    the objective to give to a tuner, as `objective`; it has neither `entropy_weight` in it nor any regularizer.
+    The metrics are the accuracy and `nll`, the negative log-likelihood in nats; labels are sparse or dense, as for
+    `DropMaxLoss`. On validation data `nll` is the objective to give to a tuner, as `objective`; it has neither
+    `entropy_weight` in it nor any regularizer.
 
     Args:
-        features: Function of `hp` that returns a `keras.Model`, functional or sequential, which makes features of the inputs;
-            it may have entries of its own in the space.
+        features: Function of `hp` that returns a `keras.Model`, functional or sequential, which makes features of the inputs,
+            its one output; it may have entries of its own in the space. Every call must make a new model, unless nothing in
+            it is trainable.
         units: Positive int, the number of classes T.
         optimizer: String, or function of `hp` that returns an optimizer. Defaults to `"adam"`.
         tune: As for `dropmax_head`. Defaults to `("entropy_weight",)`.
@@ -118,7 +127,7 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         objective: The `keras_tuner.Objective` of the validation data's negative log-likelihood.
 
     Raises:
-        ValueError: if `features` or `optimizer` is not as above; when a model is built, as `dropmax_head`.
+        ValueError: if `features` or `optimizer` is not as above; when a model is built, as `build`.
 
     Example:
 
@@ -149,17 +158,152 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         self.optimizer = optimizer
         self.tune = tune
         self.kwargs = kwargs
+        self._used = weakref.WeakSet()  # models that `features` has returned
 
     def build(self, hp):
+        """The compiled model: features, and the head on top.
+
+        Args:
+            hp: A `keras_tuner.HyperParameters`.
+
+        Returns:
+            A `keras.Model`.
+
+        Raises:
+            ValueError: if `features` returns no model that is functional or sequential and built, one that has not one output,
+                or a trainable one that it returned before, whose weights an earlier trial would have trained; as
+                `dropmax_head`.
+            TypeError: as `dropmax_head`.
+
+        Example:
+
+        >>> def features(hp):
+        ...     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(hp.Int("width", 8, 32), "relu")])
+        >>> space = keras_tuner.HyperParameters()
+        >>> model = tuning.DropMaxHyperModel(features, 3).build(space)
+        >>> model.output_shape
+        (None, 3)
+        >>> space.values
+        {'width': 8, 'entropy_weight': 1.0}
+        """
         features = self.features(hp)
         if not getattr(features, "inputs", None):
             raise ValueError(f"`features` must return a functional or sequential model that is built. Received: {features!r}")
+        if len(features.outputs) != 1:
+            raise ValueError(f"`features` must return a model with one output. Received: {len(features.outputs)} outputs")
+        if features in self._used and features.trainable_variables:
+            # Fatal: the tuner ends, and does not count it as a trial that failed.
+            raise keras_tuner.errors.FatalValueError(
+                "`features` must return a new model at every call, else trials go on from each other's trained weights. "
+                f"Received: {features!r}, as before"
+            )
+        self._used.add(features)
         head = dropmax_head(hp, self.units, self.tune, **self.kwargs)
         inputs = features.inputs[0] if isinstance(features, keras.Sequential) else features.input
         model = keras.Model(inputs, head(features.outputs[0]))
         optimizer = self.optimizer if isinstance(self.optimizer, str) else self.optimizer(hp)
-        nll = keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="nll")
-        model.compile(optimizer, DropMaxLoss(), metrics=["accuracy", nll])
+        model.compile(optimizer, DropMaxLoss(), metrics=["accuracy", NegativeLogLikelihood(name="nll")])
         # Else what a trial has saved of its optimizer would be left out, with a warning; Hyperband goes on from there.
         model.optimizer.build(model.trainable_variables)
         return model
+
+
+def _save(stateful, path):
+    """Written aside and renamed: whoever is killed leaves the old file or the new one, and none that is cut off."""
+    with tf.io.gfile.GFile(f"{path}.new", "w") as file:
+        file.write(json.dumps(stateful.get_state()))
+    tf.io.gfile.rename(f"{path}.new", path, overwrite=True)
+
+
+class _GridSearchOracle(keras_tuner.oracles.GridSearchOracle):
+    """Takes from the files of the trials what its own file does not have, or not yet."""
+
+    def save(self):
+        _save(self, self._get_oracle_fname())
+
+    def _save_trial(self, trial):
+        _save(trial, os.path.join(self._get_trial_dir(trial.trial_id), "trial.json"))
+
+    def reload(self):
+        super().reload()
+        self.start_order = sorted(self.trials, key=int)
+        finished = [name for name in self.start_order if self.trials[name].status in ("COMPLETED", "FAILED")]
+        for name in finished:
+            self.update_space(self.trials[name].hyperparameters)
+        self.end_order += [name for name in finished if name not in self.end_order]
+        self._retry_queue = [name for name in self.start_order if name not in finished]
+        for name in self._retry_queue:  # else the tuner would keep what was measured before the kill
+            self.trials[name].metrics = type(self.trials[name].metrics)()
+        values = {name: trial.hyperparameters.values for name, trial in self.trials.items()}
+        self._ordered_ids = type(self._ordered_ids)()
+        for name in sorted(values, key=functools.cmp_to_key(lambda a, b: self._compare(values[a], values[b]))):
+            self._ordered_ids.insert(name)
+        self._populate_next = finished  # which leaves out again what has been tried
+
+
+class GridSearch(keras_tuner.GridSearch):
+    """`keras_tuner.GridSearch`, which goes on where it was after a kill at any moment.
+
+    In keras-tuner 1.4.8 a grid search that is resumed fails with a `KeyError`: it does not save in what order its trials lie on
+    the grid (https://github.com/keras-team/keras-tuner/issues/1055). Nor does any of its tuners write its files in such a way
+    that a kill in the midst of it does no harm. Here the order is found again from the files of the trials, and these files
+    are whole at all times. No combination is lost; only the trial that was running is run again, from its start. When
+    keras-tuner does that, this class can go.
+
+    Args:
+        hypermodel: A `keras_tuner.HyperModel`, or function of `hp` that returns a compiled model.
+        objective: As for every tuner, for instance `DropMaxHyperModel.objective`.
+        max_trials: Positive int, or `None` for all of the grid. Defaults to `None`.
+        seed, hyperparameters, tune_new_entries, allow_new_entries, max_retries_per_trial, max_consecutive_failed_trials: As
+            for `keras_tuner.GridSearch`, with the same defaults.
+        **kwargs: As for every tuner: `directory`, `project_name`, `overwrite` and others.
+
+    Raises:
+        ValueError: as `keras_tuner.GridSearch`.
+
+    Example:
+
+    >>> def build(hp):
+    ...     entropy_weight = hp.Choice("entropy_weight", [0.1, 1.0])
+    ...     model = keras.Sequential([keras.Input((4,)), tf_dropmax.DropMaxHead(3, entropy_weight=entropy_weight)])
+    ...     model.compile("adam", tf_dropmax.DropMaxLoss(), metrics=[tf_dropmax.NegativeLogLikelihood(name="nll")])
+    ...     return model
+    >>> objective = keras_tuner.Objective("val_nll", "min")
+    >>> tuner = tuning.GridSearch(build, objective, directory=directory, project_name="grid")
+    >>> x, y = np.random.default_rng(0).normal(size=(64, 4)), np.arange(64) % 3
+    >>> tuner.search(x[:48], y[:48], validation_data=(x[48:], y[48:]), verbose=0)
+    >>> sorted(trial.hyperparameters.get("entropy_weight") for trial in tuner.oracle.trials.values())
+    [0.1, 1.0]
+    """
+
+    def __init__(
+        self,
+        hypermodel=None,
+        objective=None,
+        max_trials=None,
+        seed=None,
+        hyperparameters=None,
+        tune_new_entries=True,
+        allow_new_entries=True,
+        max_retries_per_trial=0,
+        max_consecutive_failed_trials=3,
+        **kwargs,
+    ):
+        self.seed = seed
+        oracle = _GridSearchOracle(
+            objective=objective,
+            max_trials=max_trials,
+            seed=seed,
+            hyperparameters=hyperparameters,
+            tune_new_entries=tune_new_entries,
+            allow_new_entries=allow_new_entries,
+            max_retries_per_trial=max_retries_per_trial,
+            max_consecutive_failed_trials=max_consecutive_failed_trials,
+        )
+        keras_tuner.Tuner.__init__(self, oracle, hypermodel, **kwargs)
+        self.save()  # else a first trial that ended just before the kill would not be found
+
+    def save(self):
+        if not self._is_worker():
+            self.oracle.save()
+        _save(self, self._get_tuner_fname())
