@@ -95,8 +95,8 @@ def run(execute, jobs, path, workers=2, console=None):
         The records of all the jobs, in their order.
 
     Raises:
-        UserError: if the file cannot be read or written; if a job failed, or its process was killed twice, after all others
-            have run.
+        UserError: if the file cannot be read or written; if a job failed, or its process was killed, and again when it was
+            alone, after all others have run.
     """
     path = Path(path)
     records = read(path)
@@ -142,24 +142,25 @@ def _executed(execute, jobs, workers):
         for job in jobs:
             yield job, functools.partial(execute, job)
         return
-    suspects = set()  # keys of jobs that may have been running when a worker died
+    alone = []
     while jobs:
-        unfinished = {}
-        with _pool(workers) as pool, _ended_by_exceptions(pool):
-            futures = {pool.submit(execute, job): job for job in jobs}
-            for future in as_completed(futures):
-                if isinstance(future.exception(), BrokenProcessPool):
-                    unfinished[key(futures[future])] = future
-                else:
-                    yield futures[future], future.result
-        # Jobs begin in their order. One that was there when a worker died, twice, is taken for the cause, e.g. for want of
-        # memory; the others are tried again.
-        jobs = [job for job in jobs if key(job) in unfinished]
-        running, rest = jobs[:workers], jobs[workers:]
-        for job in [job for job in running if key(job) in suspects]:
-            yield job, unfinished[key(job)].result
-        jobs = rest + [job for job in running if key(job) not in suspects]
-        suspects.update(map(key, running))
+        broken = yield from _in_pool(execute, jobs, workers)
+        # Jobs begin in their order: the first of these were running when a process was killed, e.g. for want of memory, one
+        # of them being the cause; which one shows when they are alone.
+        alone += broken[:workers]
+        jobs = [job for job, _ in broken[workers:]]
+    for job, _ in alone:
+        yield from [(job, future.result) for job, future in (yield from _in_pool(execute, [job], workers))]
+
+
+def _in_pool(execute, jobs, workers):
+    """Yields as `_executed`; returns the jobs that did not finish as a process was killed, with their futures, in order."""
+    with _pool(workers) as pool, _ended_by_exceptions(pool):
+        futures = {pool.submit(execute, job): job for job in jobs}
+        for future in as_completed(futures):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                yield futures[future], future.result
+    return [(job, future) for future, job in futures.items() if isinstance(future.exception(), BrokenProcessPool)]
 
 
 @contextlib.contextmanager
