@@ -7,7 +7,9 @@ import numpy as np
 
 def sigmoid(x):
     x = np.asarray(x, np.float64)
-    return np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x))))
+    return np.where(
+        x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x)))
+    )
 
 
 def objective(logits, retain_logits, uniform, labels, entropy_weight, temperature):
@@ -25,13 +27,23 @@ def objective(logits, retain_logits, uniform, labels, entropy_weight, temperatur
     return total / len(labels)
 
 
-def label_objective(logits, retain_logits, auxiliary_logits, uniform, labels, entropy_weight, auxiliary_weight, temperature):
+def label_objective(
+    logits,
+    retain_logits,
+    auxiliary_logits,
+    uniform,
+    labels,
+    entropy_weight,
+    auxiliary_weight,
+    temperature,
+):
     """The objective with the label posterior (NeurIPS 2018), term by term, mean over the rows; nothing is held fixed."""
     total = 0.0
     for o, r, a, u, y in zip(logits, retain_logits, auxiliary_logits, uniform, labels, strict=True):
         rho, s = sigmoid(r), sigmoid(a)
         q = sigmoid(r + a)
-        z = sigmoid((r + a + np.log(u) - np.log(1 - u)) / temperature)
+        # Without draws, every mask is replaced by its mean.
+        z = q.copy() if u is None else sigmoid((r + a + np.log(u) - np.log(1 - u)) / temperature)
         z[y] = 1.0
         w = np.exp(o - o.max())
         others = np.arange(len(o)) != y
@@ -39,7 +51,12 @@ def label_objective(logits, retain_logits, auxiliary_logits, uniform, labels, en
         kl += np.sum((q * np.log(q / rho) + (1 - q) * np.log((1 - q) / (1 - rho)))[others])
         auxiliary = -np.log(s[y]) - np.sum(np.log(1 - s[others]))
         h = -rho * np.log(rho) - (1 - rho) * np.log(1 - rho)
-        total += -np.log(w[y] / np.sum(z * w)) + kl + auxiliary_weight * auxiliary - entropy_weight * h.sum()
+        total += (
+            -np.log(w[y] / np.sum(z * w))
+            + kl
+            + auxiliary_weight * auxiliary
+            - entropy_weight * h.sum()
+        )
     return total / len(labels)
 
 
@@ -61,7 +78,9 @@ def enumerate_masks(logits, retain_logits):
     classes = np.shape(logits)[-1]
     masks = np.array(list(itertools.product([False, True], repeat=classes)))
     rows = []
-    for o, r in zip(np.asarray(logits, np.float64), np.asarray(retain_logits, np.float64), strict=True):
+    for o, r in zip(
+        np.asarray(logits, np.float64), np.asarray(retain_logits, np.float64), strict=True
+    ):
         log_weight = np.where(masks, -np.logaddexp(0, -r), -np.logaddexp(0, r)).sum(1)
         top = np.where(masks, o, -np.inf).max(1, keepdims=True)
         w = np.where(masks, np.exp(np.minimum(o - np.where(np.isfinite(top), top, 0), 0)), 0.0)

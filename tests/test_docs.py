@@ -34,7 +34,11 @@ def test_readme_names_the_modes():
     assert sorted(table) == sorted(head.PREDICT_MODES)
 
 
-@pytest.mark.parametrize("module", [callbacks, functional, head, losses, metrics, plots, tuning], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [callbacks, functional, head, losses, metrics, plots, tuning],
+    ids=lambda m: m.__name__,
+)
 def test_docstrings(module, tmp_path):
     names = {"keras": keras, "np": np, "tf": tf, "tf_dropmax": tf_dropmax, "plots": plots}
     if module is tuning:
@@ -45,7 +49,9 @@ def test_docstrings(module, tmp_path):
 
 
 def test_api_reference(tmp_path):
-    command = re.search(r"pdoc (--docformat google) --output-directory \S+ (.*)", (ROOT / "Makefile").read_text())
+    command = re.search(
+        r"pdoc (--docformat google) --output-directory \S+ (.*)", (ROOT / "Makefile").read_text()
+    )
     pdoc.render.configure(docformat=command[1].split()[1])
     pdoc.pdoc(*command[2].split(), output_directory=tmp_path)
     page = (tmp_path / "tf_dropmax.html").read_text()
@@ -58,9 +64,16 @@ def test_api_reference(tmp_path):
 def test_everything_public_has_an_example():
     functions = [getattr(functional, name) for name in dir(functional) if not name.startswith("_")]
     functions = [f for f in functions if getattr(f, "__module__", None) == functional.__name__]
-    methods = [getattr(tf_dropmax.DropMaxHead, name) for name in ("from_dense", "retain_probabilities", "uncertainty")]
+    methods = [
+        getattr(tf_dropmax.DropMaxHead, name)
+        for name in ("from_dense", "retain_probabilities", "uncertainty")
+    ]
     public = [getattr(tf_dropmax, name) for name in tf_dropmax.__all__ if name != "functional"]
-    public += [f for f in vars(plots).values() if getattr(f, "__module__", None) == plots.__name__ and f.__name__[0] != "_"]
+    public += [
+        f
+        for f in vars(plots).values()
+        if getattr(f, "__module__", None) == plots.__name__ and f.__name__[0] != "_"
+    ]
     assert len(functions) == 19
     for thing in [*functions, *methods, *public]:
         assert ">>>" in thing.__doc__, thing

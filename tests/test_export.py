@@ -5,10 +5,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import tensorflow as tf
+import tf2onnx
 from ai_edge_litert.interpreter import Interpreter
 
 import tf_dropmax
-from tf_dropmax import DropMaxHead
+from tf_dropmax import DropMaxHead, set_predict_mode
 
 
 def saved_model(path):
@@ -28,14 +29,25 @@ def onnx(path):
     return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
 
 
-FORMATS = {"tf_saved_model": ("", saved_model), "litert": (".tflite", litert), "onnx": (".onnx", onnx)}
+FORMATS = {
+    "tf_saved_model": ("", saved_model),
+    "litert": (".tflite", litert),
+    "onnx": (".onnx", onnx),
+}
 
 
 def build(shape=(6,), **kwargs):
     """Retain probabilities of all sizes, as if it was trained."""
-    initializers = {"kernel_initializer": "random_normal", "retain_kernel_initializer": keras.initializers.RandomNormal(0, 2)}
+    initializers = {
+        "kernel_initializer": "random_normal",
+        "retain_kernel_initializer": keras.initializers.RandomNormal(0, 2),
+    }
     return keras.Sequential(
-        [keras.Input(shape), keras.layers.Dense(8, "relu"), DropMaxHead(4, seed=1, **{**initializers, **kwargs})]
+        [
+            keras.Input(shape),
+            keras.layers.Dense(8, "relu"),
+            DropMaxHead(4, seed=1, **{**initializers, **kwargs}),
+        ]
     )
 
 
@@ -80,47 +92,57 @@ def test_random_dropmax_on_sequences(exported, rng, kind):
     agree(model, exported(model, kind), x)
 
 
-def test_drawn_masks_are_for_saved_models_only(exported, blobs):
-    x, _ = blobs
+@pytest.mark.parametrize("write", ["litert", "onnx", "tf2onnx", "TFLiteConverter"])
+def test_what_cannot_draw_masks_is_an_error_and_no_file(tmp_path, write):
     model = build(predict_mode="sampled")
-    run = exported(model, "tf_saved_model")
+    model(np.ones((1, 6), "float32"))  # Keras exports no model to ONNX that was never called.
+    model.output_names = ["output"]
+    path = tmp_path / f"model.{'onnx' if 'onnx' in write else 'tflite'}"
+    with pytest.raises(Exception, match=r"qint32|func\.return") as error:
+        if write == "tf2onnx":
+            tf2onnx.convert.from_keras(model, output_path=str(path))
+        elif write == "TFLiteConverter":
+            path.write_bytes(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+        else:
+            model.export(path, format=write, verbose=False)
+    assert error.typename == ("KeyError" if "onnx" in write else "ConverterError")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_ways_to_export_give_the_mode_too(tmp_path, blobs):
+    x, _ = blobs
+    model = build(predict_mode="exact")
+    model.output_names = ["output"]  # tf2onnx needs the name for every model of Keras 3.
+    tf2onnx.convert.from_keras(model, output_path=str(tmp_path / "model.onnx"))
+    agree(model, onnx(str(tmp_path / "model.onnx")), x)
+    converted = tf.lite.TFLiteConverter.from_keras_model(model).convert()
+    (tmp_path / "model.tflite").write_bytes(converted)
+    agree(model, litert(str(tmp_path / "model.tflite")), x)
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    signature = [tf.TensorSpec((None, 6), tf.float32)]
+    archive.add_endpoint("probabilities", lambda x: tf.exp(model(x)), input_signature=signature)
+    archive.write_out(tmp_path / "archive", verbose=False)
+    layer = keras.layers.TFSMLayer(tmp_path / "archive", call_endpoint="probabilities")
+    np.testing.assert_allclose(layer(x), np.exp(model(x)), atol=1e-5)
+
+
+def test_drawn_masks_in_a_saved_model(exported, blobs):
+    x, _ = blobs
+    run = exported(build(predict_mode="sampled"), "tf_saved_model")
     first, second = run(x), run(x)
     np.testing.assert_allclose(np.exp(first).sum(-1), 1, atol=1e-5)
     assert np.abs(first - second).max() > 1e-3
-    for kind in ("onnx", "litert"):
-        with pytest.raises(ValueError, match=f"format '{kind}' cannot draw masks"):
-            exported(model, kind)
 
 
 def test_an_exported_model_still_changes_its_mode(exported, blobs):
     x, _ = blobs
     model = build()
-    head = model.layers[-1]
     expected = model.predict(x, verbose=0)
     run = exported(model, "tf_saved_model")
-    head.predict_mode = "softmax"
+    set_predict_mode(model, "softmax")
     assert np.abs(model.predict(x, verbose=0) - expected).max() > 1e-3
     assert np.abs(model(x) - expected).max() > 1e-3
-    np.testing.assert_allclose(run(x), expected, atol=1e-6)  # but not what was written
-
-
-def test_a_function_within_the_model_is_not_tied_to_the_mode(exported, blobs):
-    x, _ = blobs
-
-    class Model(keras.Model):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        @tf.function(reduce_retracing=True)
-        def call(self, inputs):
-            return self.inner(inputs)
-
-    inner = build()
-    model = Model(inner)
-    expected = model(x)
-    run = exported(model, "tf_saved_model")
-    np.testing.assert_allclose(run(x), expected, atol=1e-6)
-    inner.layers[-1].predict_mode = "softmax"
-    np.testing.assert_allclose(model(x[:5]), inner(x[:5]), atol=1e-6)  # by the trace of the export
-    assert np.abs(model(x[:5]) - expected[:5]).max() > 1e-3
+    np.testing.assert_allclose(run(x), expected, atol=1e-6)  # What was written is unchanged.
+    again = exported(model, "tf_saved_model")
+    np.testing.assert_allclose(again(x), model(x), atol=1e-6)

@@ -9,10 +9,10 @@ from tf_dropmax import functional
 
 DTYPES = ["float32", "float64"]
 PREDICTIONS = {
-    "expected": functional.expected,
-    "exact": functional.exact,
-    "sampled": lambda o, r: functional.sampled(o, r, samples=7, seed=(1, 2)),
-    "softmax": lambda o, r: functional.softmax(o),
+    "expected": functional.expected_log_probabilities,
+    "exact": functional.exact_log_probabilities,
+    "sampled": lambda o, r: functional.sampled_log_probabilities(o, r, samples=7, seed=(1, 2)),
+    "softmax": lambda o, r: functional.softmax_log_probabilities(o),
 }
 
 
@@ -30,9 +30,10 @@ def case(rng):
 
 
 def training_objective(logits, retain_logits, uniform, labels, entropy_weight, temperature):
-    masks = functional.mask_logits(retain_logits, uniform, temperature)
-    scores = functional.scores(logits, retain_logits, masks, entropy_weight)
-    entropy = tf.reduce_sum(functional.entropy(retain_logits), axis=-1)
+    masks = functional.relaxed_mask_logits(retain_logits, uniform, temperature)
+    scores, entropy = functional.prior_scores_and_entropy(
+        logits, retain_logits, masks, entropy_weight
+    )
     return tf.reduce_mean(-tf.gather(scores, labels, batch_dims=1) - entropy_weight * entropy)
 
 
@@ -55,8 +56,12 @@ def test_objective_and_gradient_are_those_of_eq_15(case, dtype, tolerance):
     )
     assert value == pytest.approx(expected, rel=tolerance)
     by_differences = [
-        oracles.central_differences(lambda o: oracles.objective(o, case["retain_logits"], *settings), case["logits"], 1e-5),
-        oracles.central_differences(lambda r: oracles.objective(case["logits"], r, *settings), case["retain_logits"], 1e-6),
+        oracles.central_differences(
+            lambda o: oracles.objective(o, case["retain_logits"], *settings), case["logits"], 1e-5
+        ),
+        oracles.central_differences(
+            lambda r: oracles.objective(case["logits"], r, *settings), case["retain_logits"], 1e-6
+        ),
     ]
     for gradient, difference in zip(gradients, by_differences, strict=True):
         assert np.abs(difference).max() > 1e-2
@@ -65,7 +70,10 @@ def test_objective_and_gradient_are_those_of_eq_15(case, dtype, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
 def test_golden_objective(golden, dtype, tolerance):
-    uniform, settings = golden["uniform"].astype(dtype), (golden["labels"], float(golden["lam"]), float(golden["tau"]))
+    uniform, settings = (
+        golden["uniform"].astype(dtype),
+        (golden["labels"], float(golden["lam"]), float(golden["tau"])),
+    )
     value, (grad_logits, grad_retain) = value_and_gradients(
         lambda o, r: training_objective(o, r, uniform, *settings),
         golden["logits"].astype(dtype),
@@ -85,10 +93,12 @@ def test_golden_predictions(golden, mode, dtype):
 
 def test_scores_have_second_derivatives(case):
     """A custom gradient must not cut higher derivatives off: by logits, retain logits, mask logits, and mixed ones."""
-    start = np.concatenate([case[key][1] for key in ("logits", "retain_logits")] + [np.linspace(-3, 2, 6)])
+    start = np.concatenate(
+        [case[key][1] for key in ("logits", "retain_logits")] + [np.linspace(-3, 2, 6)]
+    )
 
     def value(x):
-        scores, entropy = functional.scores_and_entropy(*tf.split(x, 3), entropy_weight=0.3)
+        scores, entropy = functional.prior_scores_and_entropy(*tf.split(x, 3), entropy_weight=0.3)
         return tf.reduce_sum(scores * np.linspace(-1, 2, 6)) + 0.7 * entropy
 
     def gradient(x):
@@ -119,27 +129,36 @@ def test_arguments_of_scores_broadcast(rng, traced):
     def run(*arguments):
         with tf.GradientTape() as tape:
             tape.watch(arguments)
-            scores, entropy = functional.scores_and_entropy(*arguments, 0.3)
+            scores, entropy = functional.prior_scores_and_entropy(*arguments, 0.3)
             likelihood = functional.target_log_likelihood(arguments[0], arguments[2])
-            prediction = functional.expected(*arguments[:2])
+            prediction = functional.expected_log_probabilities(*arguments[:2])
             total = tf.reduce_sum(weights * scores) + tf.reduce_sum(weights[..., 0] * entropy)
             total += tf.reduce_sum(weights * likelihood) + tf.reduce_sum(weights * prediction)
         return total, *tape.gradient(total, arguments)
 
-    function = tf.function(run, input_signature=[tf.TensorSpec([None] * len(s), tf.float64) for s in shapes]) if traced else run
+    function = (
+        tf.function(
+            run, input_signature=[tf.TensorSpec([None] * len(s), tf.float64) for s in shapes]
+        )
+        if traced
+        else run
+    )
     total, *gradients = function(*arguments)
     expected, *full = run(*repeated)
     assert float(total) == pytest.approx(float(expected), rel=1e-12)
     for gradient, by_repeated, shape in zip(gradients, full, shapes, strict=True):
         aligned = (1,) * (3 - len(shape)) + shape
-        summed = by_repeated.numpy().sum(tuple(np.flatnonzero(np.array(aligned) != (2, 4, 3))), keepdims=True)
+        summed = by_repeated.numpy().sum(
+            tuple(np.flatnonzero(np.array(aligned) != (2, 4, 3))), keepdims=True
+        )
         np.testing.assert_allclose(gradient, summed.reshape(shape), atol=1e-12)
 
 
 def test_the_entropy_weight_keeps_its_digits(case):
-    masks = functional.mask_logits(case["retain_logits"], case["uniform"])
+    masks = functional.relaxed_mask_logits(case["retain_logits"], case["uniform"])
     one, other = (
-        functional.scores(case["logits"], case["retain_logits"], masks, w) for w in (0.7, tf.constant(0.7, "float64"))
+        functional.prior_scores_and_entropy(case["logits"], case["retain_logits"], masks, w)[0]
+        for w in (0.7, tf.constant(0.7, "float64"))
     )
     np.testing.assert_array_equal(one, other)
 
@@ -158,7 +177,9 @@ def test_large_logits_keep_what_is_added_to_them(rng, dtype):
 
 def test_random_dropmax_is_a_softmax_over_the_retained(rng):
     logits, uniform = rng.normal(size=(5, 4)), rng.uniform(size=(5, 4))
-    likelihood = functional.target_log_likelihood(logits, functional.bernoulli_mask_logits(0.4, uniform))
+    likelihood = functional.target_log_likelihood(
+        logits, functional.bernoulli_mask_logits(0.4, uniform)
+    )
     for row in range(5):
         for y in range(4):
             keep = uniform[row] < 0.4
@@ -169,13 +190,16 @@ def test_random_dropmax_is_a_softmax_over_the_retained(rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_uniform_is_open_reproducible_and_well_distributed(dtype):
-    draws = functional.uniform((1000, 1000), (3, 4), dtype).numpy()
+    draws = functional.uniform_draws((1000, 1000), (3, 4), dtype).numpy()
     assert draws.dtype == dtype
     assert 0 < draws.min() < 1e-5
     assert 1 - 1e-5 < draws.max() < 1
-    np.testing.assert_array_equal(draws, functional.uniform((1000, 1000), (3, 4), dtype))
-    compiled = tf.function(functional.uniform, jit_compile=True)
-    others = [functional.uniform((1000, 1000), seed, dtype) for seed in [(4, 4), (3, 5), (2**62, -1)]]
+    np.testing.assert_array_equal(draws, functional.uniform_draws((1000, 1000), (3, 4), dtype))
+    compiled = tf.function(functional.uniform_draws, jit_compile=True)
+    others = [
+        functional.uniform_draws((1000, 1000), seed, dtype)
+        for seed in [(4, 4), (3, 5), (2**62, -1)]
+    ]
     others += [compiled((1000, 1000), tf.constant(seed), dtype) for seed in [(3, 4), (3, 5)]]
     assert np.abs(others[-1] - others[-2]).mean() == pytest.approx(1 / 3, abs=2e-3)
     for other in others:
@@ -188,16 +212,27 @@ def test_uniform_is_open_reproducible_and_well_distributed(dtype):
 def test_masks_are_distributed_as_relaxed_bernoulli(temperature):
     """Kolmogorov-Smirnov on 20,000 draws at each of five retain logits; a right sampler fails once in 10^5 seeds."""
     for retain_logit in [-3.0, -0.5, 0.0, 1.0, 4.0]:
-        uniform = functional.uniform((20_000,), (5, 6))
-        masks = functional.mask_logits(tf.fill([20_000], retain_logit), uniform, temperature).numpy()
+        uniform = functional.uniform_draws((20_000,), (5, 6))
+        masks = functional.relaxed_mask_logits(
+            tf.fill([20_000], retain_logit), uniform, temperature
+        ).numpy()
         # On the scale of logits, where neither sample piles up at 0 or 1 by rounding.
         reference = tfp.distributions.RelaxedBernoulli(temperature, logits=np.float64(retain_logit))
         reference = reference.sample(20_000, seed=7).numpy()
         inside = (reference > 0) & (reference < 1)
-        reference = np.where(inside, np.log(np.where(inside, reference, 0.5)) - np.log1p(-np.where(inside, reference, 0.5)), 0)
+        reference = np.where(
+            inside,
+            np.log(np.where(inside, reference, 0.5)) - np.log1p(-np.where(inside, reference, 0.5)),
+            0,
+        )
         assert inside.mean() > 0.99 or temperature == 0.1
         low, high = -30, 30  # float64 draws resolve logits up to 36
-        assert stats.ks_2samp(masks.clip(low, high), np.where(inside, reference, high).clip(low, high)).pvalue > 1e-5 / 10
+        assert (
+            stats.ks_2samp(
+                masks.clip(low, high), np.where(inside, reference, high).clip(low, high)
+            ).pvalue
+            > 1e-5 / 10
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -208,17 +243,23 @@ def test_exact_agrees_with_enumeration(rng, dtype, spread):
     retain_logits = rng.uniform(-15, 15, size=(150, 9))
     retain_logits[:50] = rng.uniform(-15, -3, size=(50, 9))
     retain_logits[50:80] = rng.uniform(-1, 1, size=(30, 9))
-    log_p = functional.exact(logits.astype(dtype), retain_logits.astype(dtype)).numpy()
+    log_p = functional.exact_log_probabilities(
+        logits.astype(dtype), retain_logits.astype(dtype)
+    ).numpy()
     reference = oracles.enumerate_masks(logits.astype(dtype), retain_logits.astype(dtype))
     np.testing.assert_allclose(np.exp(log_p), reference, atol=2e-6 if dtype == "float32" else 1e-12)
-    np.testing.assert_allclose(log_p, np.log(reference), atol=1e-3)  # small probabilities keep their size, too
+    np.testing.assert_allclose(
+        log_p, np.log(reference), atol=1e-3
+    )  # small probabilities keep their size, too
 
 
 def test_exact_keeps_the_size_of_small_probabilities():
     logits = np.array([[12.7, 20.5, -58.1, -20.9, 24.7, -34.1]], "float32")
     retain_logits = np.full((1, 6), 12, "float32")
     reference = np.log(oracles.enumerate_masks(logits, retain_logits))
-    np.testing.assert_allclose(functional.exact(logits, retain_logits), reference, atol=5e-3)
+    np.testing.assert_allclose(
+        functional.exact_log_probabilities(logits, retain_logits), reference, atol=5e-3
+    )
     assert reference.min() < -55
 
 
@@ -235,7 +276,9 @@ def test_exact_beyond_the_quadrature_range(rng):
     logits = rng.choice([0.0, 70.0, 1e4, 1e30], size=(60, 6)) + rng.uniform(size=(60, 6))
     retain_logits = rng.uniform(-5, 5, size=(60, 6))
     reference = oracles.enumerate_masks(logits, retain_logits)
-    np.testing.assert_allclose(np.exp(functional.exact(logits, retain_logits)), reference, atol=1e-11)
+    np.testing.assert_allclose(
+        np.exp(functional.exact_log_probabilities(logits, retain_logits)), reference, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("classes", [1, 100, 10_000])
@@ -245,8 +288,12 @@ def test_exact_with_one_class_and_with_many(classes):
     logits[0, 0], logits[1, 0], logits[2] = np.log(classes), 3, np.linspace(0, 12, classes)
     for retain_logit in [-4.0, 0.0, 3.0]:
         retain_logits = np.full((4, classes), retain_logit, "float32")
-        p = np.exp(functional.exact(logits, retain_logits))
-        reference = np.exp(functional.exact(logits.astype("float64"), retain_logits.astype("float64")))
+        p = np.exp(functional.exact_log_probabilities(logits, retain_logits))
+        reference = np.exp(
+            functional.exact_log_probabilities(
+                logits.astype("float64"), retain_logits.astype("float64")
+            )
+        )
         np.testing.assert_allclose(p, reference, atol=5e-6)
         np.testing.assert_allclose(p[3], 1 / classes, rtol=1e-3)
 
@@ -261,7 +308,9 @@ def test_rows_do_not_touch_each_other(rng, mode):
             after = PREDICTIONS[mode](logits, retain_logits).numpy()
             np.testing.assert_allclose(after[[0, 2]], before[[0, 2]], atol=1e-12)
             if mode == "expected" and np.isinf(value) and (broken is retain_logits or value < 0):
-                limit = PREDICTIONS[mode](np.clip(logits, -1e30, 1e30), np.clip(retain_logits, -1e30, 1e30))
+                limit = PREDICTIONS[mode](
+                    np.clip(logits, -1e30, 1e30), np.clip(retain_logits, -1e30, 1e30)
+                )
                 np.testing.assert_allclose(np.exp(after[1]), np.exp(limit[1]), atol=1e-12)
             else:  # a network that diverged must not look like one that does not know
                 assert np.isnan(after[1]).all()
@@ -295,27 +344,46 @@ def test_prediction_gradients(rng, mode):
 
 
 def test_sampled_gradient(rng):
-    logits, retain_logits = rng.normal(size=(6, 4)), rng.normal(size=(6, 4)) - np.arange(6)[:, None] / 3 + 0.5
+    logits, retain_logits = (
+        rng.normal(size=(6, 4)),
+        rng.normal(size=(6, 4)) - np.arange(6)[:, None] / 3 + 0.5,
+    )
     weights = rng.normal(size=(6, 4))
 
     def value(o):
-        p = tf.exp(functional.sampled(o, retain_logits, samples=20, seed=(1, 2)))
+        p = tf.exp(functional.sampled_log_probabilities(o, retain_logits, samples=20, seed=(1, 2)))
         return tf.reduce_sum(weights * tf.math.log(p + 0.01))
 
     _, (gradient,) = value_and_gradients(value, logits)
-    np.testing.assert_allclose(gradient, oracles.central_differences(lambda o: value(o).numpy(), logits, 1e-6), atol=1e-7)
+    np.testing.assert_allclose(
+        gradient, oracles.central_differences(lambda o: value(o).numpy(), logits, 1e-6), atol=1e-7
+    )
 
 
 def test_sampled_is_the_mean_over_hard_masks(rng):
     logits, retain_logits = np.log([[0.5, 0.3, 0.2]]), np.array([[50.0, 0.0, -50.0]])
-    drawn = {tuple(np.exp(functional.sampled(logits, retain_logits, 1, (s, 2))).round(9)[0]) for s in range(20)}
+    drawn = {
+        tuple(
+            np.exp(functional.sampled_log_probabilities(logits, retain_logits, 1, (s, 2))).round(9)[
+                0
+            ]
+        )
+        for s in range(20)
+    }
     assert drawn == {(1, 0, 0), (0.625, 0.375, 0)}
     # All masks 0: uniform.
-    np.testing.assert_allclose(np.exp(functional.sampled(logits, np.full((1, 3), -50.0))), [[1 / 3] * 3], rtol=1e-7)
+    np.testing.assert_allclose(
+        np.exp(functional.sampled_log_probabilities(logits, np.full((1, 3), -50.0))),
+        [[1 / 3] * 3],
+        rtol=1e-7,
+    )
     # 10,000 masks: standard error at most 0.005 in each of 90 numbers; 5 sigma.
     logits, retain_logits = rng.normal(size=(15, 6)), 2 * rng.normal(size=(15, 6))
-    draw = tf.function(functional.sampled)
-    p, other = (np.exp(draw(logits, retain_logits, tf.constant(10_000), tf.constant(seed))) for seed in [(3, 4), (3, 5)])
+    draw = tf.function(functional.sampled_log_probabilities)
+    p, other = (
+        np.exp(draw(logits, retain_logits, tf.constant(10_000), tf.constant(seed)))
+        for seed in [(3, 4), (3, 5)]
+    )
     np.testing.assert_allclose(p, oracles.enumerate_masks(logits, retain_logits), atol=0.025)
     assert 1e-4 < np.abs(p - other).max() < 0.05
 
@@ -328,12 +396,15 @@ def test_sampling_memory_does_not_grow_with_samples(samples):
     def gradient(o, r):
         with tf.GradientTape() as tape:
             tape.watch(o)
-            value = functional.sampled(o, r, samples)
+            value = functional.sampled_log_probabilities(o, r, samples)
         return tape.gradient(value, o)
 
     traced = gradient.get_concrete_function(tf.TensorSpec((8, 16)), tf.TensorSpec((8, 16)))
     definitions = traced.graph.as_graph_def(add_shapes=True)
-    nodes = [*definitions.node, *(node for function in definitions.library.function for node in function.node_def)]
+    nodes = [
+        *definitions.node,
+        *(node for function in definitions.library.function for node in function.node_def),
+    ]
     assert any("While" in node.op for node in nodes)
     assert not [node.name for node in nodes if node.op.startswith(("TensorList", "Stack"))]
     shapes = [shape for node in nodes for shape in node.attr["_output_shapes"].list.shape]
@@ -344,7 +415,10 @@ def test_sampling_memory_does_not_grow_with_samples(samples):
 @pytest.mark.parametrize("mode", PREDICTIONS)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_predictions_under_xla_and_with_any_leading_shape(rng, mode, jit_compile):
-    logits, retain_logits = rng.normal(size=(2, 3, 5)).astype("float32"), rng.normal(size=(2, 3, 5)).astype("float32")
+    logits, retain_logits = (
+        rng.normal(size=(2, 3, 5)).astype("float32"),
+        rng.normal(size=(2, 3, 5)).astype("float32"),
+    )
     function = tf.function(PREDICTIONS[mode], jit_compile=jit_compile)
     log_p = function(logits, retain_logits)
     assert log_p.shape == (2, 3, 5)
@@ -373,57 +447,19 @@ def test_loop_gradients_under_xla(rng, mode, jit_compile):
 
 def test_logits_are_shift_invariant(rng):
     logits, retain_logits = rng.normal(size=(6, 5)), rng.normal(size=(6, 5))
-    masks = functional.mask_logits(retain_logits, functional.uniform((6, 5), (1, 2), "float64"))
-    functions = {**PREDICTIONS, "scores": lambda o, r: functional.scores(o, r, masks)}
+    masks = functional.relaxed_mask_logits(
+        retain_logits, functional.uniform_draws((6, 5), (1, 2), "float64")
+    )
+    functions = {
+        **PREDICTIONS,
+        "scores": lambda o, r: functional.prior_scores_and_entropy(o, r, masks)[0],
+    }
     for name, function in functions.items():
         for shift in [1e3, -1e6]:
             shifted = function(logits + shift, retain_logits)
-            np.testing.assert_allclose(shifted, function(logits, retain_logits), atol=1e-8, err_msg=name)
-
-
-def test_sparsemax_is_the_projection_onto_the_simplex(rng):
-    logits = np.concatenate([rng.normal(size=(20, 5)) * scale for scale in (0.1, 1, 10)] + [np.zeros((1, 5))])
-    np.testing.assert_allclose(functional.sparsemax(logits), [oracles.project_onto_simplex(z) for z in logits], atol=1e-12)
-    np.testing.assert_allclose(functional.sparsemax([0.0, 0.5, 1.0]), [0, 0.25, 0.75])
-    _, (gradient,) = value_and_gradients(lambda z: functional.sparsemax(z)[:, 1], logits[:40])
-    reference = oracles.central_differences(lambda z: functional.sparsemax(z)[:, 1].numpy().sum(), logits[:40], 1e-7)
-    np.testing.assert_allclose(gradient, reference, atol=1e-6)
-
-
-def test_sparsemax_loss_is_that_of_its_definition(rng):
-    """-z_y + max over the simplex of (p z - |p|^2 / 2) + 1/2, whose gradient is the projection less the label."""
-    logits = np.concatenate([rng.normal(size=(20, 5)) * scale for scale in (0.1, 1, 10)])
-    scores, (gradient,) = value_and_gradients(functional.sparsemax_scores, logits)
-    for row, z in enumerate(logits):
-        p = oracles.project_onto_simplex(z)
-        np.testing.assert_allclose(-scores[row], -z + p @ z - p @ p / 2 + 0.5, atol=1e-12)
-        np.testing.assert_allclose(gradient[row], 1 - 5 * p, atol=1e-12)
-
-
-def test_sampled_softmax_is_a_softmax_over_target_and_sample(rng):
-    logits, uniform = rng.normal(size=(4, 6)), rng.uniform(size=6)
-    q = rng.dirichlet(np.ones(6))
-    for size in range(1, 6):
-        scores = functional.sampled_softmax_scores(logits, q, uniform, size)
-        arrival = -np.log(uniform) / q
-        sample = np.argsort(arrival)[:size]
-        corrected = logits - np.log(1 - np.exp(-q * np.sort(arrival)[size]))
-        for row in range(4):
-            for y in range(6):
-                competing = sorted({y, *sample})
-                expected = corrected[row, y] - np.log(np.sum(np.exp(corrected[row, competing])))
-                assert scores[row, y].numpy() == pytest.approx(expected, rel=1e-9)
-
-
-def test_sampled_softmax_draws_from_its_distribution(rng):
-    """The first to arrive is class t with probability Q_t: chi-square on 20,000 draws, seed fixed."""
-    q = np.array([0.5, 0.3, 0.15, 0.05])
-    uniform = functional.uniform((20_000, 4), (1, 2), "float64")
-    zeros = np.zeros((1, 4))
-    sampled = tf.vectorized_map(lambda u: functional.sampled_softmax_scores(zeros, q, u, 1), uniform)
-    # The class in the sample, as a target, competes with nothing.
-    counts = np.bincount(sampled.numpy()[:, 0].argmax(-1), minlength=4)
-    assert stats.chisquare(counts, 20_000 * q).pvalue > 1e-4
+            np.testing.assert_allclose(
+                shifted, function(logits, retain_logits), atol=1e-8, err_msg=name
+            )
 
 
 EXTREMES = [0.0, 1.0, -20.0, 90.0, -1e4, 1e4, 3e8, 1.5e9, -2e9, 1e30, -1e30, 3.4e38, -3.4e38]
@@ -431,31 +467,45 @@ EXTREMES = [0.0, 1.0, -20.0, 90.0, -1e4, 1e4, 3e8, 1.5e9, -2e9, 1e30, -1e30, 3.4
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*PREDICTIONS, "scores", "attention", "random", "entropy", "label", "sparsemax", "sparse"])
+@pytest.mark.parametrize(
+    "name",
+    [*PREDICTIONS, "scores", "attention", "random", "entropy", "label"],
+)
 def test_finite_for_any_finite_input(rng, classes, dtype, name):
     """Values and gradients, with every sign and size of logits, masks all 0 and all 1 included."""
     logits = rng.choice(EXTREMES, size=(30, classes)).astype(dtype)
     retain_logits = rng.choice(EXTREMES, size=(30, classes)).astype(dtype)
     retain_logits[0], retain_logits[1], logits[2] = -1e4, 1e4, 0.0
-    uniform = functional.uniform((30, classes), (1, 2), dtype)
+    uniform = functional.uniform_draws((30, classes), (1, 2), dtype)
     functions = {
         **PREDICTIONS,
-        "scores": lambda o, r: functional.scores(o, r, functional.mask_logits(r, uniform, 0.1)),
-        "attention": lambda o, r: functional.expected(o, r) - functional.entropy(r),
-        "random": lambda o, r: functional.target_log_likelihood(o, functional.bernoulli_mask_logits(0.2, uniform)),
-        "entropy": lambda o, r: functional.entropy(r) + 0 * o,
-        "label": lambda o, r: functional.posterior_scores(
-            o, r, r[::-1], functional.mask_logits(functional.posterior_logits(r, r[::-1]), uniform), 100.0
+        "scores": lambda o, r: functional.prior_scores_and_entropy(
+            o, r, functional.relaxed_mask_logits(r, uniform, 0.1)
+        )[0],
+        "attention": lambda o, r: (
+            functional.expected_log_probabilities(o, r) - functional.mask_entropy(r)
         ),
-        "sparsemax": lambda o, r: functional.sparsemax(o) + 0 * r,
-        "sparse": lambda o, r: functional.sparsemax_scores(o) + 0 * r,
+        "random": lambda o, r: functional.target_log_likelihood(
+            o, functional.bernoulli_mask_logits(0.2, uniform)
+        ),
+        "entropy": lambda o, r: functional.mask_entropy(r) + 0 * o,
+        "label": lambda o, r: functional.label_scores_and_entropy(
+            o,
+            r,
+            r[::-1],
+            functional.relaxed_mask_logits(functional.posterior_logits(r, r[::-1]), uniform),
+            100.0,
+        )[0],
     }
     outputs = {}
 
     def total(o, r):
         outputs["value"] = functions[name](o, r)
         # Weighed by what a loss could send back, each row by one label or by all.
-        return tf.reduce_sum(outputs["value"][::2, 0] / 1e30) * 1e30 + tf.reduce_sum(outputs["value"][1::2] / 1e30) * 1e30
+        return (
+            tf.reduce_sum(outputs["value"][::2, 0] / 1e30) * 1e30
+            + tf.reduce_sum(outputs["value"][1::2] / 1e30) * 1e30
+        )
 
     arguments = [tf.constant(logits), tf.constant(retain_logits)]
     with tf.GradientTape() as tape:
@@ -465,7 +515,9 @@ def test_finite_for_any_finite_input(rng, classes, dtype, name):
     assert np.isfinite(outputs["value"]).all()
     assert all(np.isfinite(g).all() for g in gradients)
     if name in PREDICTIONS:
-        np.testing.assert_allclose(np.exp(outputs["value"].numpy().astype("float64")).sum(-1), 1, atol=1e-5)
+        np.testing.assert_allclose(
+            np.exp(outputs["value"].numpy().astype("float64")).sum(-1), 1, atol=1e-5
+        )
 
 
 def test_a_hundred_thousand_classes(rng):
@@ -474,12 +526,22 @@ def test_a_hundred_thousand_classes(rng):
     for name, function in PREDICTIONS.items():
         log_p = function(logits, retain_logits).numpy()
         assert np.isfinite(log_p).all(), name
-        np.testing.assert_allclose(np.exp(log_p.astype("float64")).sum(-1), 1, atol=1e-4, err_msg=name)
-    uniform = functional.uniform((2, 100_000), (1, 2))
+        np.testing.assert_allclose(
+            np.exp(log_p.astype("float64")).sum(-1), 1, atol=1e-4, err_msg=name
+        )
+    uniform = functional.uniform_draws((2, 100_000), (1, 2))
     scores, gradients = value_and_gradients(
-        lambda o, r: functional.scores(o, r, functional.mask_logits(r, uniform)), logits, retain_logits
+        lambda o, r: functional.prior_scores_and_entropy(
+            o, r, functional.relaxed_mask_logits(r, uniform)
+        )[0],
+        logits,
+        retain_logits,
     )
     assert np.isfinite(scores).all()
     assert np.isfinite(gradients).all()
     # With so many classes, the expectation is close to the expected masks.
-    np.testing.assert_allclose(functional.exact(logits, retain_logits), functional.expected(logits, retain_logits), atol=5e-3)
+    np.testing.assert_allclose(
+        functional.exact_log_probabilities(logits, retain_logits),
+        functional.expected_log_probabilities(logits, retain_logits),
+        atol=5e-3,
+    )

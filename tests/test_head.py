@@ -7,10 +7,11 @@ import numpy as np
 import oracles
 import pytest
 import tensorflow as tf
+from keras.src.testing import TestCase
 from scipy import stats
 
 import tf_dropmax
-from tf_dropmax import DropMaxHead, DropMaxLoss, functional
+from tf_dropmax import DropMaxHead, DropMaxLoss, functional, set_predict_mode
 
 MODES = ["expected", "sampled", "exact", "softmax"]
 
@@ -26,10 +27,16 @@ def selecting_head(classes, **kwargs):
     )
 
 
-def real_path(monkeypatch, logits, retain_logits, uniform, labels, entropy_weight, temperature, dtype):
+def real_path(
+    monkeypatch, logits, retain_logits, uniform, labels, entropy_weight, temperature, dtype
+):
     """Value and gradients of the objective by the head in training, `add_loss` and the loss; only the draws are given."""
-    monkeypatch.setattr(functional, "uniform", lambda shape, seed, dtype: tf.constant(uniform, dtype))
-    head = selecting_head(logits.shape[1], entropy_weight=entropy_weight, temperature=temperature, dtype=dtype)
+    monkeypatch.setattr(
+        functional, "uniform_draws", lambda shape, seed, dtype: tf.constant(uniform, dtype)
+    )
+    head = selecting_head(
+        logits.shape[1], entropy_weight=entropy_weight, temperature=temperature, dtype=dtype
+    )
     features = tf.constant(np.concatenate([logits, retain_logits], axis=1), dtype)
     with tf.GradientTape() as tape:
         tape.watch(features)
@@ -44,11 +51,19 @@ def real_path(monkeypatch, logits, retain_logits, uniform, labels, entropy_weigh
 def test_objective_is_eq_15(rng, monkeypatch, dtype, tolerance):
     logits, retain_logits = 3 * rng.normal(size=(10, 5)), 3 * rng.normal(size=(10, 5))
     arguments = (rng.uniform(0.01, 0.99, size=(10, 5)), rng.integers(5, size=10), 0.7, 0.2)
-    value, (grad_logits, grad_retain) = real_path(monkeypatch, logits, retain_logits, *arguments, dtype)
-    assert value == pytest.approx(oracles.objective(logits, retain_logits, *arguments), rel=tolerance)
-    differences = oracles.central_differences(lambda o: oracles.objective(o, retain_logits, *arguments), logits, 1e-5)
+    value, (grad_logits, grad_retain) = real_path(
+        monkeypatch, logits, retain_logits, *arguments, dtype
+    )
+    assert value == pytest.approx(
+        oracles.objective(logits, retain_logits, *arguments), rel=tolerance
+    )
+    differences = oracles.central_differences(
+        lambda o: oracles.objective(o, retain_logits, *arguments), logits, 1e-5
+    )
     np.testing.assert_allclose(grad_logits, differences, atol=1e-6)
-    differences = oracles.central_differences(lambda r: oracles.objective(logits, r, *arguments), retain_logits, 1e-5)
+    differences = oracles.central_differences(
+        lambda r: oracles.objective(logits, r, *arguments), retain_logits, 1e-5
+    )
     np.testing.assert_allclose(grad_retain, differences, atol=1e-6)
 
 
@@ -66,14 +81,24 @@ def three_branch_head(classes, **kwargs):
     head = DropMaxHead(classes, posterior="label", **kwargs)
     head.build((None, 3 * classes))
     kernels = np.split(np.eye(3 * classes), 3, axis=1)
-    for kernel, value in zip((head.kernel, head.retain_kernel, head.auxiliary_kernel), kernels, strict=True):
+    for kernel, value in zip(
+        (head.kernel, head.retain_kernel, head.auxiliary_kernel), kernels, strict=True
+    ):
         kernel.assign(value)
     return head
 
 
-def label_path(monkeypatch, branches, uniform, labels, entropy_weight, auxiliary_weight, temperature, dtype):
-    monkeypatch.setattr(functional, "uniform", lambda shape, seed, dtype: tf.constant(uniform, dtype))
-    settings = {"entropy_weight": entropy_weight, "auxiliary_weight": auxiliary_weight, "temperature": temperature}
+def label_path(
+    monkeypatch, branches, uniform, labels, entropy_weight, auxiliary_weight, temperature, dtype
+):
+    monkeypatch.setattr(
+        functional, "uniform_draws", lambda shape, seed, dtype: tf.constant(uniform, dtype)
+    )
+    settings = {
+        "entropy_weight": entropy_weight,
+        "auxiliary_weight": auxiliary_weight,
+        "temperature": temperature,
+    }
     head = three_branch_head(branches[0].shape[1], dtype=dtype, **settings)
     features = tf.constant(np.concatenate(branches, axis=1), dtype)
     with tf.GradientTape() as tape:
@@ -88,8 +113,12 @@ def test_label_posterior_objective(rng, monkeypatch, dtype, tolerance):
     arguments = (rng.uniform(0.01, 0.99, size=(8, 5)), rng.integers(5, size=8), 0.7, 0.4, 0.2)
     value, gradients = label_path(monkeypatch, branches, *arguments, dtype)
     assert value == pytest.approx(oracles.label_objective(o, r, a, *arguments), rel=tolerance)
-    by_o = oracles.central_differences(lambda o: oracles.label_objective(o, r, a, *arguments), o, 1e-5)
-    by_a = oracles.central_differences(lambda a: oracles.label_objective(o, r, a, *arguments), a, 1e-5)
+    by_o = oracles.central_differences(
+        lambda o: oracles.label_objective(o, r, a, *arguments), o, 1e-5
+    )
+    by_a = oracles.central_differences(
+        lambda a: oracles.label_objective(o, r, a, *arguments), a, 1e-5
+    )
     np.testing.assert_allclose(gradients[2], by_a, atol=1e-6)
 
     # The prior within the posterior is held fixed. Moving it together with -a leaves the posterior as it is, and moves, of
@@ -99,7 +128,9 @@ def test_label_posterior_objective(rng, monkeypatch, dtype, tolerance):
         target = np.eye(5)[y]
         return -arguments[3] * np.sum(np.where(target, np.log(s), np.log(1 - s))) / 8
 
-    together = oracles.central_differences(lambda x: oracles.label_objective(o, x, a + r - x, *arguments), r, 1e-5)
+    together = oracles.central_differences(
+        lambda x: oracles.label_objective(o, x, a + r - x, *arguments), r, 1e-5
+    )
     alone = oracles.central_differences(lambda x: auxiliary(a + r - x), r, 1e-5)
     np.testing.assert_allclose(gradients[1], together - alone, atol=1e-6)
     np.testing.assert_allclose(gradients[0], by_o, atol=1e-6)
@@ -108,11 +139,46 @@ def test_label_posterior_objective(rng, monkeypatch, dtype, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
 def test_golden_label_objective(golden, monkeypatch, dtype, tolerance):
     branches = [golden[name] for name in ("logits", "retain_logits", "auxiliary_logits")]
-    arguments = (golden["uniform"], golden["labels"], float(golden["lam"]), 1.0, float(golden["tau"]))
+    arguments = (
+        golden["uniform"],
+        golden["labels"],
+        float(golden["lam"]),
+        1.0,
+        float(golden["tau"]),
+    )
     value, gradients = label_path(monkeypatch, branches, *arguments, dtype)
     assert value == pytest.approx(float(golden["label_objective"]), rel=tolerance)
     for gradient, name in zip(gradients, ("logits", "retain", "auxiliary"), strict=True):
         np.testing.assert_allclose(gradient, golden[f"label_grad_{name}"], atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_label_posterior_without_masks_trains_on_their_means(rng, dtype, tolerance):
+    branches = 2 * rng.normal(size=(3, 8, 5))
+    labels, settings = rng.integers(5, size=8), (0.7, 0.3)
+    head = three_branch_head(
+        5, stochastic=False, entropy_weight=0.7, auxiliary_weight=0.3, dtype=dtype
+    )
+    features = tf.constant(np.concatenate(branches, axis=1), dtype)
+    before = [generator.state.numpy() for generator in (head._train_seeds, head._predict_seeds)]
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        value = DropMaxLoss(dtype=dtype)(labels, head(features, training=True)) + head.losses[0]
+    gradients = np.split(tape.gradient(value, features).numpy(), 3, axis=1)
+    o, r, a = branches
+
+    def objective(o, a):
+        return oracles.label_objective(o, r, a, [None] * 8, labels, *settings, 0.1)
+
+    assert value.numpy() == pytest.approx(objective(o, a), rel=tolerance)
+    by_logits = oracles.central_differences(lambda o: objective(o, a), o, 1e-5)
+    by_auxiliary = oracles.central_differences(lambda a: objective(o, a), a, 1e-5)
+    np.testing.assert_allclose(gradients[0], by_logits, atol=1e-6)
+    np.testing.assert_allclose(gradients[2], by_auxiliary, atol=1e-6)
+    after = [generator.state.numpy() for generator in (head._train_seeds, head._predict_seeds)]
+    np.testing.assert_array_equal(after, before)  # It needs no random numbers.
+    with pytest.raises(ValueError, match="relaxed masks"):
+        head.mask_distribution(features)
 
 
 def test_label_posterior_predicts_by_the_prior_alone(rng):
@@ -137,7 +203,11 @@ def test_golden_predictions(golden):
 
 
 def test_deterministic_attention_trains_on_eq_18(rng):
-    logits, retain_logits, labels = rng.normal(size=(6, 4)), rng.normal(size=(6, 4)), np.arange(6) % 4
+    logits, retain_logits, labels = (
+        rng.normal(size=(6, 4)),
+        rng.normal(size=(6, 4)),
+        np.arange(6) % 4,
+    )
     features = np.concatenate([logits, retain_logits], axis=1)
     head = selecting_head(4, stochastic=False, entropy_weight=0.5, dtype="float64")
     value = DropMaxLoss(dtype="float64")(labels, head(features, training=True)) + head.losses[0]
@@ -157,11 +227,13 @@ def test_random_dropmax_has_no_retain_branch_and_no_entropy(rng):
     assert head.losses == []
     # With equal logits, a target competes with a binomial number of the 3 others.
     counts = np.bincount((1 / np.exp(scores[:, 0])).round().astype(int), minlength=5)[1:]
-    assert stats.chisquare(counts, 5000 * stats.binom.pmf(range(4), 3, 0.3)).pvalue > 1e-4  # the seed is fixed
+    assert (
+        stats.chisquare(counts, 5000 * stats.binom.pmf(range(4), 3, 0.3)).pvalue > 1e-4
+    )  # the seed is fixed
     for function in [head.retain_probabilities, tf.function(head.retain_probabilities)]:
         np.testing.assert_allclose(function(features), np.full((5000, 4), 0.3), rtol=1e-6)
     for mode in ["expected", "softmax", "exact"]:
-        head.predict_mode = mode
+        set_predict_mode(head, mode)
         np.testing.assert_allclose(np.exp(head(features[:9])), 0.25, atol=1e-6)
 
 
@@ -217,7 +289,7 @@ def test_retain_probabilities_and_mask_distribution(rng):
     assert distribution.temperature.numpy() == 0.5
     assert distribution.batch_shape == (6, 4)
     for head in [DropMaxHead(4, retain_probability=0.5), DropMaxHead(4, stochastic=False)]:
-        with pytest.raises(ValueError, match="adaptive"):
+        with pytest.raises(ValueError, match="relaxed masks"):
             head.mask_distribution(features)
 
 
@@ -226,14 +298,22 @@ def test_modes_of_the_head_are_those_of_functional(rng):
     head = selecting_head(5)
     features = np.concatenate([logits, retain_logits], axis=1)
     for mode in ["expected", "exact"]:
-        head.predict_mode = mode
-        np.testing.assert_allclose(head(features), getattr(functional, mode)(logits, retain_logits), atol=1e-6)
-    head.predict_mode = "softmax"
-    np.testing.assert_allclose(head(features), functional.softmax(logits), atol=1e-6)
-    head.predict_mode, head.predict_samples = "sampled", 1000
+        set_predict_mode(head, mode)
+        np.testing.assert_allclose(
+            head(features),
+            getattr(functional, f"{mode}_log_probabilities")(logits, retain_logits),
+            atol=1e-6,
+        )
+    set_predict_mode(head, "softmax")
+    np.testing.assert_allclose(
+        head(features), functional.softmax_log_probabilities(logits), atol=1e-6
+    )
+    set_predict_mode(head, "sampled", 1000)
     call = tf.function(head)
     sampled = np.exp(call(features))
-    np.testing.assert_allclose(sampled, np.exp(functional.exact(logits, retain_logits)), atol=0.08)
+    np.testing.assert_allclose(
+        sampled, np.exp(functional.exact_log_probabilities(logits, retain_logits)), atol=0.08
+    )
     assert np.abs(sampled - np.exp(call(features))).max() > 1e-5  # the next draws are others
 
 
@@ -290,7 +370,10 @@ def test_seed_leaves_initializers_with_a_seed_alone():
 
 
 def test_unseeded_heads_differ():
-    heads = [DropMaxHead(3, kernel_initializer="zeros", retain_kernel_initializer="zeros") for _ in range(2)]
+    heads = [
+        DropMaxHead(3, kernel_initializer="zeros", retain_kernel_initializer="zeros")
+        for _ in range(2)
+    ]
     scores = [head(np.ones((2, 4), "float32"), training=True).numpy() for head in heads]
     assert not np.allclose(*scores)
 
@@ -312,20 +395,24 @@ def test_mixed_precision_is_finite(rng, policy, size):
     assert head.kernel.dtype == "float32"
     assert all(np.isfinite(t).all() for t in [scores, loss, *gradients])
     for mode in MODES:
-        head.predict_mode = mode
+        set_predict_mode(head, mode)
         log_p = head(features)
         assert log_p.dtype == "float32"
         np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, atol=1e-5)
     if size == 10:  # the matrix products, and nothing else, are in half precision
-        reference = functional.expected(logits, retain_logits)
-        head.predict_mode = "expected"
-        np.testing.assert_allclose(head(features), reference, atol=0.3 if policy == "mixed_bfloat16" else 0.03)
+        reference = functional.expected_log_probabilities(logits, retain_logits)
+        set_predict_mode(head, "expected")
+        np.testing.assert_allclose(
+            head(features), reference, atol=0.3 if policy == "mixed_bfloat16" else 0.03
+        )
 
 
 def test_from_dense_starts_where_the_classifier_was(rng):
     features = rng.normal(size=(20, 4)).astype("float32")
     for activation in [None, "softmax"]:
-        dense = keras.layers.Dense(3, activation=activation, bias_initializer="ones", kernel_regularizer="l2")
+        dense = keras.layers.Dense(
+            3, activation=activation, bias_initializer="ones", kernel_regularizer="l2"
+        )
         expected = dense(features).numpy()
         if activation is None:
             expected = tf.nn.softmax(expected).numpy()
@@ -360,7 +447,10 @@ def test_from_dense_refuses_what_it_cannot_start_from():
     "arguments",
     [
         *({"units": value} for value in (0, -1, 2.0, "3", None, True)),
-        *({"retain_probability": value} for value in (0, 1, 0.0, 1.0, -0.1, 1.5, np.nan, "0.5", True)),
+        *(
+            {"retain_probability": value}
+            for value in (0, 1, 0.0, 1.0, -0.1, 1.5, np.nan, "0.5", True)
+        ),
         *({"temperature": value} for value in (0, -0.1, np.nan, np.inf, "0.1", None)),
         *({"entropy_weight": value} for value in (-1e-9, np.nan, np.inf, "1")),
         *({"predict_mode": value} for value in ("mean", None, 0)),
@@ -370,7 +460,6 @@ def test_from_dense_refuses_what_it_cannot_start_from():
         {"use_bias": 1},
         {"retain_probability": 0.5, "stochastic": False},
         {"posterior": "both"},
-        {"posterior": "label", "stochastic": False},
         {"posterior": "label", "retain_probability": 0.5},
         *({"auxiliary_weight": value} for value in (-1, np.inf, "1")),
     ],
@@ -400,13 +489,12 @@ def test_bad_inputs():
     head.build((None, 4))
     with pytest.raises(ValueError, match=r"last dimension 4.*\(2, 5\)"):
         head.retain_probabilities(np.ones((2, 5), "float32"))
-    with pytest.raises(ValueError, match=r"one of.*'mean'"):
-        head.predict_mode = "mean"
-    assert head.predict_mode == "expected"
 
 
 def test_numpy_numbers_are_welcome():
-    head = DropMaxHead(np.int64(3), temperature=np.float32(0.5), entropy_weight=np.int32(1), seed=np.int64(2))
+    head = DropMaxHead(
+        np.int64(3), temperature=np.float32(0.5), entropy_weight=np.int32(1), seed=np.int64(2)
+    )
     assert tf_dropmax.DropMaxHead.from_config(head.get_config()).units == 3
     assert type(head.get_config()["units"]) is int
 
@@ -417,3 +505,65 @@ def test_two_classes_and_one():
         scores = head(np.ones((3, 4), "float32"), training=True)
         assert np.isfinite(scores).all()
         np.testing.assert_allclose(np.exp(head(np.ones((3, 4), "float32"))).sum(-1), 1, rtol=1e-6)
+
+
+VARIANTS = [
+    {},
+    {"posterior": "label"},
+    {"posterior": "label", "stochastic": False},
+    {"stochastic": False},
+    {"retain_probability": 0.4},
+]
+
+
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+def test_keras_own_layer_test(kwargs):
+    """Keras builds, calls, trains, saves, loads and serializes the layer under several dtypes."""
+    branches = {"retain_probability": 1, "posterior": 3}.get(next(iter(kwargs), ""), 2)
+    TestCase().run_layer_test(
+        DropMaxHead,
+        init_kwargs={"units": 4, "seed": 1, **kwargs},
+        input_shape=(3, 5),
+        expected_output_shape=(3, 4),
+        expected_num_trainable_weights=2 * branches,
+        expected_num_non_trainable_weights=0,
+        expected_num_seed_generators=2,
+        expected_num_losses=None,  # Keras would count those of inference.
+        supports_masking=True,
+    )
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_keras_own_serialization_test(kwargs, mode):
+    TestCase().run_class_serialization_test(DropMaxHead(4, predict_mode=mode, **kwargs))
+
+
+def test_flags_of_numpy_are_flags():
+    head = DropMaxHead(3, stochastic=np.bool_(False), use_bias=np.True_)
+    assert (head.stochastic, head.use_bias) == (False, True)
+    assert type(head.get_config()["stochastic"]) is bool
+
+
+def test_no_log_probability_is_zero():
+    """Metrics of Keras skip entries that are 0."""
+    for dtype, largest in [("float32", -(2.0**-24)), ("float64", np.log1p(-(2.0**-29)))]:
+        for mode in MODES:
+            head = selecting_head(3, dtype=dtype, predict_mode=mode)
+            sure = tf.constant([[90.0, -90.0, -90.0, 50.0, 50.0, 50.0]], dtype)
+            log_p = head(sure).numpy()
+            assert log_p.max() == pytest.approx(largest, rel=1e-6)
+    assert np.float32(1) > np.exp(np.float32(-(2.0**-24))) == np.nextafter(np.float32(1), 0)
+
+
+def test_outputs_of_a_second_call(rng):
+    features = rng.normal(size=(6, 3)).astype("float32")
+    head = DropMaxHead(4, seed=1)
+    head.build(features.shape)
+    logits = features @ head.kernel.numpy()
+    for training in (False, True):
+        np.testing.assert_allclose(head(features, training=training, output="logits"), logits)
+    assert head.losses == []
+    symbolic = head(keras.Input((3,)), output="logits")
+    assert (symbolic.shape, symbolic.dtype) == ((None, 4), "float32")

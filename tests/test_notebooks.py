@@ -22,12 +22,18 @@ def test_notebook(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     stored = [outputs(cell) for cell in notebook.cells]
     place = {"metadata": {"path": tmp_path}}
-    client = NotebookClient(notebook, timeout=170, resources=place, record_timing=False, coalesce_streams=True)
+    client = NotebookClient(
+        notebook, timeout=170, resources=place, record_timing=False, coalesce_streams=True
+    )
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             # What TensorFlow's own libraries write to the terminal at their start is of no interest.
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or "Warning" in output.text]
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" or "Warning" in output.text
+            ]
             assert not any(output.get("name") == "stderr" for output in cell.outputs), cell.outputs
     assert any("image/png" in kinds or "stdout" in kinds for kinds in map(outputs, notebook.cells))
     if os.environ.get("TF_DROPMAX_STORE_NOTEBOOKS"):
@@ -38,5 +44,7 @@ def test_notebook(path, tmp_path):
 
 def outputs(cell):
     """Kinds of what a cell shows, without the values: those depend on the machine."""
-    found = [output.get("name") or "/".join(sorted(output.data)) for output in cell.get("outputs", [])]
+    found = [
+        output.get("name") or "/".join(sorted(output.data)) for output in cell.get("outputs", [])
+    ]
     return ", ".join(dict.fromkeys(found))

@@ -16,8 +16,19 @@ ROOT = Path(__file__).parents[1]
 def test_the_wheel_is_complete_and_imports_elsewhere(tmp_path):
     """Into an environment of its own; only the dependencies are those of this one, as nothing is downloaded."""
     source = tmp_path / "source"  # a copy, without what an earlier build may have left
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
+    )
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(source),
+    ]
     subprocess.run(build, check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("tf_dropmax-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -28,13 +39,25 @@ def test_the_wheel_is_complete_and_imports_elsewhere(tmp_path):
 
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-index",
+        str(wheel),
+    ]
     subprocess.run(pip, check=True, capture_output=True, timeout=300)
     code = (
         f"import site, sys; sys.path.append({sysconfig.get_path('purelib')!r}); import tf_dropmax; "
         "print(tf_dropmax.__file__, tf_dropmax.__version__)"
     )
-    run = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    run = subprocess.run(
+        [python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     path, version = run.stdout.split()
     assert Path(path).is_relative_to(tmp_path / "env")
     assert version == tf_dropmax.__version__
@@ -45,7 +68,9 @@ def test_the_library_does_not_need_the_extras():
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import tf_dropmax; tf_dropmax.DropMaxHead(3)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import tf_dropmax.plots"
-    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode
     assert "pip install 'tf_dropmax[plots]'" in run.stderr
 

@@ -17,8 +17,18 @@ HEADS = [
     {"retain_probability": 0.4},
     {"posterior": "label", "auxiliary_weight": 0.2},
     {"stochastic": False, "predict_mode": "exact"},
-    {"temperature": 0.5, "entropy_weight": 0.1, "use_bias": False, "predict_mode": "softmax", "seed": 5},
-    {"retain_kernel_initializer": "zeros", "kernel_regularizer": "l2", "retain_bias_constraint": "non_neg"},
+    {
+        "temperature": 0.5,
+        "entropy_weight": 0.1,
+        "use_bias": False,
+        "predict_mode": "softmax",
+        "seed": 5,
+    },
+    {
+        "retain_kernel_initializer": "zeros",
+        "kernel_regularizer": "l2",
+        "retain_bias_constraint": "non_neg",
+    },
 ]
 
 
@@ -26,8 +36,12 @@ HEADS = [
 def trained(blobs):
     def train(**kwargs):
         x, y = blobs
-        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "relu"), DropMaxHead(4, **kwargs)])
-        model.compile(keras.optimizers.Adam(0.02), DropMaxLoss(label_smoothing=0.1), metrics=["accuracy"])
+        model = keras.Sequential(
+            [keras.Input((6,)), keras.layers.Dense(8, "relu"), DropMaxHead(4, **kwargs)]
+        )
+        model.compile(
+            keras.optimizers.Adam(0.02), DropMaxLoss(label_smoothing=0.1), metrics=["accuracy"]
+        )
         model.fit(x, y, verbose=0)
         return model, x, y
 
@@ -52,7 +66,9 @@ def test_keras_file_weights_file_and_clone(trained, tmp_path, kwargs):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-6)
-    assert loaded.evaluate(x, y, verbose=0) == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-6)
+    assert loaded.evaluate(x, y, verbose=0) == pytest.approx(
+        model.evaluate(x, y, verbose=0), rel=1e-6
+    )
     loaded.fit(x, y, verbose=0)
 
     model.save_weights(tmp_path / "model.weights.h5")
@@ -79,7 +95,9 @@ def test_loads_in_a_new_process_with_only_the_import(trained, tmp_path):
         np.testing.assert_allclose(found, np.load(sys.argv[1] + "/expected.npy"), atol=1e-6)
         assert type(model.loss) is tf_dropmax.DropMaxLoss and model.loss.label_smoothing == 0.1
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], check=True, timeout=120
+    )
 
 
 def test_a_weights_file_does_not_depend_on_the_mode(trained, tmp_path):
@@ -96,7 +114,7 @@ def test_a_weights_file_does_not_depend_on_the_mode(trained, tmp_path):
 
 def test_a_saved_model_keeps_the_mode_that_was_set(trained, tmp_path):
     model, x, _ = trained()
-    model.layers[-1].predict_mode, model.layers[-1].predict_samples = "exact", 12
+    tf_dropmax.set_predict_mode(model, "exact", samples=12)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert (loaded.layers[-1].predict_mode, loaded.layers[-1].predict_samples) == ("exact", 12)
@@ -121,7 +139,9 @@ def test_a_resumed_training_is_the_training_that_was_not_stopped(blobs, tmp_path
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build().fit(x, y, callbacks=[keras.callbacks.BackupAndRestore(tmp_path), Stop()], **settings)
+        build().fit(
+            x, y, callbacks=[keras.callbacks.BackupAndRestore(tmp_path), Stop()], **settings
+        )
     resumed = build()
     history = resumed.fit(x, y, callbacks=[keras.callbacks.BackupAndRestore(tmp_path)], **settings)
     assert history.epoch == [2, 3]
@@ -131,8 +151,12 @@ def test_a_resumed_training_is_the_training_that_was_not_stopped(blobs, tmp_path
 
 def test_model_checkpoint(trained, tmp_path):
     model, x, y = trained()
-    saving = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", monitor="val_loss", save_best_only=True)
-    history = model.fit(x, y, epochs=3, validation_data=(x, y), callbacks=[saving], verbose=0).history
+    saving = keras.callbacks.ModelCheckpoint(
+        tmp_path / "best.keras", monitor="val_loss", save_best_only=True
+    )
+    history = model.fit(
+        x, y, epochs=3, validation_data=(x, y), callbacks=[saving], verbose=0
+    ).history
     best = keras.models.load_model(tmp_path / "best.keras")
     assert best.evaluate(x, y, verbose=0)[0] == pytest.approx(min(history["val_loss"]), rel=1e-5)
 

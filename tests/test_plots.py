@@ -1,4 +1,4 @@
-"""What the pictures say is what the arrays say. (That they are good to look at, no test can tell.)"""
+"""The figures show what the arrays say. No test checks that they look good."""
 
 import io
 
@@ -6,9 +6,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from matplotlib.contour import ContourSet
+from matplotlib.figure import Figure
 
 import tf_dropmax
 from tf_dropmax import plots
+from tf_dropmax.functional import exact_log_probabilities, expected_log_probabilities
 
 T = 6
 
@@ -17,12 +20,12 @@ T = 6
 def predictions():
     draw = np.random.default_rng(0)
     logits, retain_logits = draw.normal(size=(2, 200, T)) * 2
-    log_p = tf_dropmax.functional.expected(logits, retain_logits).numpy()
+    log_p = expected_log_probabilities(logits, retain_logits).numpy()
     return log_p, draw.integers(T, size=200), 1 / (1 + np.exp(-retain_logits))
 
 
 def rendered(drawn):
-    """Pixels; the layout is made only when a picture is drawn, and warns then if it does not fit."""
+    """The figure after drawing. Only then the layout is made, and warns if it does not fit."""
     figure = getattr(drawn, "figure", drawn)
     figure.draw_without_rendering()
     return figure
@@ -32,13 +35,13 @@ def test_contours():
     figure = rendered(plots.contours([(0.9, 0.4), (0.5, 0.5)]))
     softmax, shifted, _, _ = figure.axes
     assert softmax.get_title() == "softmax"
-    # The second class is dropped the more often, so that at equal logits the first one wins.
-    at_centre = np.exp(tf_dropmax.functional.exact(np.zeros(2), np.log([9.0, 2 / 3])))[0]
+    # The second class is dropped more often, so the first class wins at equal logits.
+    at_centre = np.exp(exact_log_probabilities(np.zeros(2), np.log([9.0, 2 / 3])))[0]
     assert at_centre == pytest.approx(0.9 * 0.6 + (0.9 * 0.4 + 0.1 * 0.6) / 2)
     labels = {text.get_text(): text for text in shifted.texts}
     for text in labels.values():
         x, y = text.get_position()
-        p = np.exp(tf_dropmax.functional.exact(np.array([x, y]), np.log([9.0, 2 / 3])))[0]
+        p = np.exp(exact_log_probabilities(np.array([x, y]), np.log([9.0, 2 / 3])))[0]
         assert p == pytest.approx(float(text.get_text()), abs=0.02)
     assert labels
 
@@ -79,13 +82,18 @@ def test_decision_boundaries():
 @pytest.mark.parametrize("classes", [6, 10, 12])
 def test_decision_boundaries_with_many_classes(classes):
     x, y = np.random.default_rng(0).integers(9, size=(50, 2)), np.arange(50) % classes
-    figure = plots.decision_boundaries({"near": lambda grid: -np.abs(grid[:, :1] - np.arange(classes))}, x, y)
+    figure = plots.decision_boundaries(
+        {"near": lambda grid: -np.abs(grid[:, :1] - np.arange(classes))}, x, y
+    )
     figure.savefig(io.BytesIO())
     legend = figure.legends[0]
     box = legend.get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.width
-    looks = {(c.get_facecolor().tobytes(), c.get_paths()[0].vertices.tobytes()) for c in legend.legend_handles}
+    looks = {
+        (c.get_facecolor().tobytes(), c.get_paths()[0].vertices.tobytes())
+        for c in legend.legend_handles
+    }
     assert len(looks) == classes
 
 
@@ -103,9 +111,15 @@ def test_convergence():
     assert len(styles) == 2
     curves["base"]["test NLL"] -= 3
     assert rendered(plots.convergence(curves, ["test NLL"])).axes[0].get_yscale() == "linear"
-    (band,) = plots.convergence({"one": {"step": [1], "loss": [[1], [3]]}}, ["loss"]).axes[0].collections
-    np.testing.assert_allclose(np.unique(band.get_paths()[0].vertices[:, 1]), [2 - 2**0.5, 2 + 2**0.5])
-    (band,) = plots.convergence({"one": {"step": [1], "loss": [[1], [9]]}}, ["loss"]).axes[0].collections
+    (band,) = (
+        plots.convergence({"one": {"step": [1], "loss": [[1], [3]]}}, ["loss"]).axes[0].collections
+    )
+    np.testing.assert_allclose(
+        np.unique(band.get_paths()[0].vertices[:, 1]), [2 - 2**0.5, 2 + 2**0.5]
+    )
+    (band,) = (
+        plots.convergence({"one": {"step": [1], "loss": [[1], [9]]}}, ["loss"]).axes[0].collections
+    )
     assert band.get_paths()[0].vertices[:, 1].min() == 0.5
     for seeds in ([[1, 2], [1]], [[1]], [1, 2], []):
         with pytest.raises(ValueError, match=r"'loss' of 'one' must have shape \(seeds, points\)"):
@@ -135,20 +149,30 @@ def test_examples(predictions, channels):
     figure = rendered(plots.examples(images, rho, log_p, y, masks, class_names="abcdef"))
     assert len(figure.axes) == 3 * 4 + 1  # and the colour bar
     for row in range(3):
-        image, retained, predicted, drawn = (axes.get_images()[0].get_array() for axes in figure.axes[4 * row : 4 * row + 4])
+        image, retained, predicted, drawn = (
+            axes.get_images()[0].get_array() for axes in figure.axes[4 * row : 4 * row + 4]
+        )
         np.testing.assert_array_equal(image, images[row].squeeze())
         np.testing.assert_allclose(retained, rho[row : row + 1])
         np.testing.assert_allclose(predicted, np.exp(log_p[row : row + 1]))
         np.testing.assert_array_equal(drawn, masks[row])
         assert figure.axes[4 * row].get_ylabel() == "abcdef"[y[row]]
-        assert all(axes.lines[0].get_xdata() == [y[row]] for axes in figure.axes[4 * row + 1 : 4 * row + 4])
+        assert all(
+            axes.lines[0].get_xdata() == [y[row]] for axes in figure.axes[4 * row + 1 : 4 * row + 4]
+        )
 
 
 def test_examples_with_very_many_classes():
     rho = np.full((2, 1000), 0.5)
-    figure = rendered(plots.examples(np.zeros((2, 4, 4)), rho, np.log(np.full((2, 1000), 1e-3)), np.array([0, 999])))
+    figure = rendered(
+        plots.examples(
+            np.zeros((2, 4, 4)), rho, np.log(np.full((2, 1000), 1e-3)), np.array([0, 999])
+        )
+    )
     assert figure.axes[4].get_xticks().tolist() == list(range(0, 1000, 100))
-    axes = rendered(plots.class_averages(np.eye(26), range(26), "abcdefghijklmnopqrstuvwxyz")).axes[0]
+    axes = rendered(plots.class_averages(np.eye(26), range(26), "abcdefghijklmnopqrstuvwxyz")).axes[
+        0
+    ]
     assert [text.get_text() for text in axes.get_yticklabels()] == list("adgjmpsvy")
 
 
@@ -160,10 +184,48 @@ def test_examples_are_all_on_one_scale():
         assert drawn.get_clim() == (0, 1)
 
 
-def test_colours_grow_darker_with_the_value():
-    axes = plots.class_averages(np.eye(2), [0, 1])
-    light, dark = axes.get_images()[0].cmap([0.0, 1.0])[:, :3].mean(1)
-    assert dark < light
+def luminance(colours):
+    return np.asarray(colours)[..., :3] @ [0.2126, 0.7152, 0.0722]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda p, y, r: plots.contours(),
+        lambda p, y, r: plots.examples(np.zeros((4, 8, 8)), r[:4], p[:4], y[:4], r[:4, None]),
+        lambda p, y, r: plots.class_averages(r, y),
+        lambda p, y, r: plots.confusion(p, y, r),
+    ],
+    ids=["contours", "examples", "class_averages", "confusion"],
+)
+def test_zero_is_white_and_larger_values_are_darker(predictions, draw):
+    figure = rendered(draw(*predictions))
+    images = [image for axes in figure.axes for image in axes.get_images()]
+    assert images
+    for image in images:
+        assert image.norm.vmin == 0
+        shades = luminance(image.cmap(np.linspace(0, 1, 256)))
+        assert image.cmap(0.0) == (1, 1, 1, 1)
+        assert (np.diff(shades) < 0).all()
+        assert shades[-1] < 0.1
+
+
+def test_contour_lines_stand_out():
+    axes = plots.contours().axes[0]
+    (lines,) = [item for item in axes.collections if isinstance(item, ContourSet)]
+    background = luminance(axes.get_images()[0].cmap(lines.levels))
+    assert (np.abs(luminance(lines.get_edgecolor()) - background) > 0.4).all()
+
+
+def test_a_legend_explains_the_triangle(predictions):
+    log_p, y, rho = (values[:2] for values in predictions)
+    figure = rendered(plots.examples(np.zeros((2, 8, 8)), rho, log_p, y))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["true class"]
+    (triangle,) = legend.legend_handles
+    assert triangle.get_marker() == figure.axes[1].lines[0].get_marker()
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
 
 
 def test_class_averages_and_confusion(predictions):
@@ -177,25 +239,39 @@ def test_class_averages_and_confusion(predictions):
     np.testing.assert_allclose(first.get_images()[0].get_array()[off], np.array(probabilities)[off])
     assert second.get_images()[0].get_array().mask.tolist() == np.eye(T, dtype=bool).tolist()
     points = third.collections[0].get_offsets()
-    np.testing.assert_allclose(points, np.stack([np.array(expected)[off], np.array(probabilities)[off]], axis=-1))
-    # A class without an example is a row without values.
-    assert np.ma.getmaskarray(plots.class_averages(rho[y > 0], y[y > 0]).get_images()[0].get_array())[0].all()
+    np.testing.assert_allclose(
+        points, np.stack([np.array(expected)[off], np.array(probabilities)[off]], axis=-1)
+    )
+
+
+def test_what_has_no_value_is_hatched(predictions):
+    log_p, y, rho = predictions
+    absent = rendered(plots.class_averages(rho[y > 0], y[y > 0])).axes[0]
+    assert np.ma.getmaskarray(absent.get_images()[0].get_array())[0].all()
+    for axes in (absent, *rendered(plots.confusion(log_p, y, rho)).axes[:2]):
+        assert axes.patch.get_hatch()
+        assert axes.get_xlabel() == "class (hatched: no value)"
+    complete = plots.class_averages(rho, y)
+    assert not complete.patch.get_hatch()
+    assert complete.get_xlabel() == "class"
 
 
 def test_confusion_of_a_head_that_retains_all_alike(predictions):
     log_p, y, rho = predictions
     figure = rendered(plots.confusion(log_p, y, np.full_like(rho, 0.5)))
     assert "nan" in figure.axes[2].get_title()
-    assert figure.axes[1].get_images()[0].get_clim() == (0, 1)
+    assert figure.axes[1].get_images()[0].get_clim() == (0, 0.5)
 
 
-def test_colours_of_confusion_span_what_is_off_the_diagonal(predictions):
+def test_colours_of_confusion_go_from_zero_to_the_largest_value_off_the_diagonal(predictions):
     log_p, y, rho = predictions
     first, second = (axes.get_images()[0] for axes in plots.confusion(log_p, y, rho).axes[:2])
     assert first.get_clim() == (0, first.get_array().max())
-    assert second.get_clim() == (second.get_array().min(), second.get_array().max())
+    assert second.get_clim() == (0, second.get_array().max())
     certain = np.log(np.eye(2) + 1e-30)
-    assert rendered(plots.confusion(certain, [0, 1], np.eye(2))).axes[0].get_images()[0].get_clim() == (0, 1)
+    assert rendered(plots.confusion(certain, [0, 1], np.eye(2))).axes[0].get_images()[
+        0
+    ].get_clim() == (0, 1)
 
 
 def test_top_and_bottom():
@@ -204,9 +280,14 @@ def test_top_and_bottom():
     assert [bar.get_width() for bar in axes.patches] == [0.9, 0.1]
     assert [bar.get_hatch() for bar in axes.patches] == ["", "///"]
     assert "3 more" in axes.texts[0].get_text()
+    assert axes.get_xlabel() == "retain probability (hatched: true class)"
     axes = plots.top_and_bottom(np.array([[0.2, 0.4], [0.4, 1.0]]), count=1)
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [0.7, 0.3])
     assert not axes.texts
+    assert axes.get_xlabel() == "retain probability"
+    axes = plots.top_and_bottom([0.0, 1.0, 0.0])
+    bottom, top = axes.get_ylim()
+    assert all(top < bar.get_y() < bar.get_y() + bar.get_height() < bottom for bar in axes.patches)
 
 
 @pytest.mark.parametrize("bins", [1, 7, 15])
@@ -215,12 +296,17 @@ def test_reliability_diagram(predictions, bins):
     axes = rendered(plots.reliability_diagram(log_p, y, bins)).axes[0]
     error = float(tf_dropmax.ExpectedCalibrationError(bins)(y, log_p))
     assert axes.get_title() == f"calibration error {100 * error:.1f} %"
-    assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(1)
+    shares = np.array([bar.get_height() for bar in axes.patches])
+    assert len(shares) == bins
+    assert shares.sum() == pytest.approx(1)
+    _, accuracy = axes.lines
+    gaps = np.abs(accuracy.get_xdata() - accuracy.get_ydata())
+    assert shares[shares > 0] @ gaps == pytest.approx(error)
 
 
 def test_axes_of_the_caller_are_drawn_into(predictions):
     log_p, y, rho = predictions
-    figure = plots.Figure(layout="constrained")
+    figure = Figure(layout="constrained")
     first, second, third = figure.subplots(1, 3)
     assert plots.reliability_diagram(log_p, y, axes=first) is first
     assert plots.top_and_bottom(rho[0], axes=second) is second
@@ -254,7 +340,10 @@ def test_tensors_and_a_model_will_do():
         (lambda p, y, r: plots.examples(np.zeros((3, 4, 4)), r, p, y), "height"),
         (lambda p, y, r: plots.examples(np.zeros((200, 4, 4)), r, p, y, masks=r), r"\(N, S, T\)"),
         (lambda p, y, r: plots.decision_boundaries({"a": None}, r, y), r"\(N, 2\)"),
-        (lambda p, y, r: plots.examples(np.full((200, 4, 4), 16.0), r, p, y), r"`images` must be in \[0, 1\]"),
+        (
+            lambda p, y, r: plots.examples(np.full((200, 4, 4), 16.0), r, p, y),
+            r"`images` must be in \[0, 1\]",
+        ),
         (lambda p, y, r: plots.examples(np.zeros(200), r, p, y), "height"),
         (lambda p, y, r: plots.examples(np.zeros((200, 0, 4)), r, p, y), "at least one"),
         (lambda p, y, r: plots.examples(0.0, r, p, y), "height"),

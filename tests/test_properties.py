@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tf_dropmax import DropMaxHead, functional
+from tf_dropmax import DropMaxHead, functional, set_predict_mode
 
 _SAME = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 settings.register_profile("short", max_examples=25, derandomize=True, database=None, **_SAME)
@@ -22,10 +22,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 LIMIT = float(np.float32(1e30))
 MODES = {
-    "expected": functional.expected,
-    "sampled": lambda o, r: functional.sampled(o, r, samples=3, seed=(1, 2)),
-    "exact": functional.exact,
-    "softmax": lambda o, r: functional.softmax(o) + 0 * tf.stop_gradient(tf.zeros_like(r)),
+    "expected": functional.expected_log_probabilities,
+    "sampled": lambda o, r: functional.sampled_log_probabilities(o, r, samples=3, seed=(1, 2)),
+    "exact": functional.exact_log_probabilities,
+    "softmax": lambda o, r: (
+        functional.softmax_log_probabilities(o) + 0 * tf.stop_gradient(tf.zeros_like(r))
+    ),
 }
 
 
@@ -82,13 +84,15 @@ def test_modes_give_probabilities(mode, problem):
 
 
 @given(
-    problem=problems(), entropy_weight=st.sampled_from([0.0, 1e-4, 1.0, 10.0]), temperature=st.sampled_from([0.01, 0.1, 1.0])
+    problem=problems(),
+    entropy_weight=st.sampled_from([0.0, 1e-4, 1.0, 10.0]),
+    temperature=st.sampled_from([0.01, 0.1, 1.0]),
 )
 def test_scores_are_finite(problem, entropy_weight, temperature):
     def scores(logits, retain_logits):
-        uniform = functional.uniform(tf.shape(logits), (3, 4), logits.dtype)
-        masks = functional.mask_logits(retain_logits, uniform, temperature)
-        return functional.scores(logits, retain_logits, masks, entropy_weight)
+        uniform = functional.uniform_draws(tf.shape(logits), (3, 4), logits.dtype)
+        masks = functional.relaxed_mask_logits(retain_logits, uniform, temperature)
+        return functional.prior_scores_and_entropy(logits, retain_logits, masks, entropy_weight)[0]
 
     result, gradients = with_gradients(scores, problem)
     assert np.isfinite(result).all()
@@ -100,8 +104,10 @@ def test_scores_are_finite(problem, entropy_weight, temperature):
 @given(problem=problems(), retain_probability=st.sampled_from([1e-6, 0.2, 0.6, 1 - 1e-6]))
 def test_random_dropmax_is_finite(problem, retain_probability):
     def scores(logits, _):
-        uniform = functional.uniform(tf.shape(logits), (3, 4), logits.dtype)
-        return functional.target_log_likelihood(logits, functional.bernoulli_mask_logits(retain_probability, uniform))
+        uniform = functional.uniform_draws(tf.shape(logits), (3, 4), logits.dtype)
+        return functional.target_log_likelihood(
+            logits, functional.bernoulli_mask_logits(retain_probability, uniform)
+        )
 
     result, gradients = with_gradients(scores, problem)
     assert np.isfinite(result).all()
@@ -112,9 +118,13 @@ def test_random_dropmax_is_finite(problem, retain_probability):
 @given(problem=problems(arrays=3), auxiliary_weight=st.sampled_from([0.0, 0.1, 1.0]))
 def test_posterior_scores_are_finite(problem, auxiliary_weight):
     def scores(logits, retain_logits, auxiliary_logits):
-        uniform = functional.uniform(tf.shape(logits), (3, 4), logits.dtype)
-        masks = functional.mask_logits(functional.posterior_logits(retain_logits, auxiliary_logits), uniform)
-        return functional.posterior_scores(logits, retain_logits, auxiliary_logits, masks, auxiliary_weight)
+        uniform = functional.uniform_draws(tf.shape(logits), (3, 4), logits.dtype)
+        masks = functional.relaxed_mask_logits(
+            functional.posterior_logits(retain_logits, auxiliary_logits), uniform
+        )
+        return functional.label_scores_and_entropy(
+            logits, retain_logits, auxiliary_logits, masks, auxiliary_weight
+        )[0]
 
     result, gradients = with_gradients(scores, problem)
     assert np.isfinite(result).all()
@@ -122,7 +132,12 @@ def test_posterior_scores_are_finite(problem, auxiliary_weight):
         assert np.isfinite(gradient).all()
 
 
-@given(problem=problems(), which=st.integers(0, 1), step=st.sampled_from([1e-3, 0.5, 5.0, 100.0, LIMIT]), data=st.data())
+@given(
+    problem=problems(),
+    which=st.integers(0, 1),
+    step=st.sampled_from([1e-3, 0.5, 5.0, 100.0, LIMIT]),
+    data=st.data(),
+)
 def test_exact_is_monotone(problem, which, step, data):
     """More logit or more retain logit of a class: no less probability for it, no more for any other.
 
@@ -132,7 +147,10 @@ def test_exact_is_monotone(problem, which, step, data):
     more = [array.copy() for array in problem]
     chosen = data.draw(st.integers(0, problem[0].shape[-1] - 1))
     more[which][:, chosen] = np.minimum(more[which][:, chosen] + step, LIMIT)
-    before, after = (np.exp(functional.exact(*arrays).numpy().astype("float64")) for arrays in (problem, more))
+    before, after = (
+        np.exp(functional.exact_log_probabilities(*arrays).numpy().astype("float64"))
+        for arrays in (problem, more)
+    )
     difference = after - before
     assert (difference[:, chosen] >= -2e-5).all()
     assert (np.delete(difference, chosen, axis=-1) <= 2e-5).all()
@@ -143,7 +161,9 @@ HEADS = [{}, {"posterior": "label"}, {"stochastic": False}, {"retain_probability
 
 @pytest.mark.parametrize("kwargs", HEADS, ids=str)
 @given(
-    policy=st.sampled_from(["float32", "mixed_bfloat16", "mixed_float16", "float16", "bfloat16", "float64"]),
+    policy=st.sampled_from(
+        ["float32", "mixed_bfloat16", "mixed_float16", "float16", "bfloat16", "float64"]
+    ),
     shape=st.sampled_from([(1, 3), (4, 7), (2, 3, 5), (2, 1, 2, 4)]),
     units=st.integers(2, 40),
     exponent=st.integers(-3, 3),
@@ -162,14 +182,16 @@ def test_heads(kwargs, policy, shape, units, exponent, seed):
         loss = -tf.reduce_mean(tf.gather(scores, labels, axis=-1, batch_dims=len(shape) - 1)) + sum(
             tf.cast(added, scores.dtype) for added in head.losses
         )
-    gradients = tape.gradient(loss, [features, *(weight.value for weight in head.trainable_weights)])
+    gradients = tape.gradient(
+        loss, [features, *(weight.value for weight in head.trainable_weights)]
+    )
     wide = "float64" if policy == "float64" else "float32"
     assert scores.dtype == wide
     assert np.isfinite(scores).all()
     for gradient in gradients:
         assert np.isfinite(tf.cast(gradient, wide)).all()
     for mode in MODES:
-        head.predict_mode = mode
+        set_predict_mode(head, mode)
         log_p = head(features)
         assert log_p.shape == (*shape[:-1], units)
         np.testing.assert_allclose(tf.reduce_sum(tf.exp(log_p), -1), 1, atol=1e-5)

@@ -17,14 +17,16 @@ import keras
 import numpy as np
 import pytest
 
-from tf_dropmax import DropMaxHead, DropMaxLoss
+from tf_dropmax import DropMaxHead, DropMaxLoss, set_predict_mode
 from tf_dropmax.experiments import runner
 
 KILLS = int(os.environ.get("TF_DROPMAX_KILLS", "2"))  # each costs the start of a process
 
 
 def build(seed=1):
-    hidden = keras.layers.Dense(32, "relu", kernel_initializer=keras.initializers.GlorotUniform(seed))
+    hidden = keras.layers.Dense(
+        32, "relu", kernel_initializer=keras.initializers.GlorotUniform(seed)
+    )
     model = keras.Sequential([keras.Input((6,)), hidden, DropMaxHead(4, seed=seed)])
     model.compile(keras.optimizers.Adam(0.01), DropMaxLoss())
     return model
@@ -39,7 +41,9 @@ def test_killed_at_random_moments(tmp_path):
     draw, kills = random.Random(0), 0
     while not (folder / "result.json").exists():
         (folder / "begun").unlink(missing_ok=True)
-        with subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
             deadline = time.monotonic() + 120
             while not (folder / "begun").exists() and process.poll() is None:
                 assert time.monotonic() < deadline
@@ -95,7 +99,10 @@ def test_full_disk_while_backing_up(blobs, tmp_path, size):
     def backup():
         return keras.callbacks.BackupAndRestore(tmp_path / "backup", double_checkpoint=True)
 
-    with contextlib.ExitStack() as stack, pytest.raises(Exception, match=r"File too large|write failed|unable to|Unable to"):
+    with (
+        contextlib.ExitStack() as stack,
+        pytest.raises(Exception, match=r"File too large|write failed|unable to|Unable to"),
+    ):
         build().fit(x, y, callbacks=[FillDisk(stack, size), backup()], **settings)
     resumed = build()
     epochs = resumed.fit(x, y, callbacks=[backup()], **settings).epoch
@@ -110,7 +117,10 @@ def test_full_disk_while_backing_up(blobs, tmp_path, size):
 def test_full_disk_while_saving_checkpoints_with_names_of_their_own(blobs, tmp_path, size):
     x, y = blobs
     saving = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
-    with contextlib.ExitStack() as stack, pytest.raises(Exception, match=r"File too large|write failed|unable to|Unable to"):
+    with (
+        contextlib.ExitStack() as stack,
+        pytest.raises(Exception, match=r"File too large|write failed|unable to|Unable to"),
+    ):
         build().fit(x, y, epochs=4, callbacks=[FillDisk(stack, size), saving], verbose=0)
     for name in ("1.keras", "2.keras"):
         assert np.isfinite(keras.models.load_model(tmp_path / name).predict(x, verbose=0)).all()
@@ -135,7 +145,7 @@ def test_eight_threads_predict_with_one_model(blobs, tmp_path, mode):
     x, y = blobs
     model = build()
     model.fit(x, y, verbose=0)
-    model.layers[-1].predict_mode = mode
+    set_predict_mode(model.layers[-1], mode)
     model.save(tmp_path / "model.keras")
     expected = model.predict(x, verbose=0)
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -195,7 +205,9 @@ def test_a_flipped_bit_is_an_error_or_without_effect(saved, tmp_path):
 def test_a_class_of_another_package_is_not_run(saved, tmp_path, monkeypatch, where):
     """Neither is its module imported."""
     path, _, _ = saved
-    (tmp_path / "strange_package.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Strange:\n    pass\n")
+    (tmp_path / "strange_package.py").write_text(
+        f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Strange:\n    pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     broken = tmp_path / "strange.keras"
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(broken, "w") as target:

@@ -24,14 +24,23 @@ def enumerate_uncertainty(o, r):
     return entropy, entropy - weights @ entropies, np.sqrt(weights @ (rows - mean) ** 2)
 
 
-@pytest.mark.parametrize(("classes", "jit_compile"), [(2, False), (3, False), (8, False), (8, True)])
+@pytest.mark.parametrize(
+    ("classes", "jit_compile"), [(2, False), (3, False), (8, False), (8, True)]
+)
 def test_agrees_with_the_enumeration_of_all_masks(classes, jit_compile, rng):
     logits, retain_logits = 3 * rng.normal(size=(4, classes)), 2 * rng.normal(size=(4, classes))
     compiled = tf.function(functional.uncertainty, jit_compile=jit_compile)
-    one = compiled(tf.constant(logits), tf.constant(retain_logits), tf.constant(20_000), tf.constant([1, classes]))
+    one = compiled(
+        tf.constant(logits),
+        tf.constant(retain_logits),
+        tf.constant(20_000),
+        tf.constant([1, classes]),
+    )
     assert one._fields == ("entropy", "mutual_information", "spread")
     expected = [enumerate_uncertainty(o, r) for o, r in zip(logits, retain_logits, strict=True)]
-    for value, want, tolerance in zip(one, zip(*expected, strict=True), [1e-9, 0.03, 0.02], strict=True):
+    for value, want, tolerance in zip(
+        one, zip(*expected, strict=True), [1e-9, 0.03, 0.02], strict=True
+    ):
         np.testing.assert_allclose(value, want, atol=tolerance)
     assert np.min(one.mutual_information) > 0.05
 
@@ -40,17 +49,27 @@ def test_right_on_average_even_with_few_masks(rng):
     """The plain estimate, `H` of the mean of two draws less their mean `H`, would be far too small."""
     o, r = rng.normal(size=6), rng.normal(size=6)
     rows = 20_000
-    result = functional.uncertainty(np.tile(o, (rows, 1)), np.tile(r, (rows, 1)), samples=2, seed=(3, 4))
+    result = functional.uncertainty(
+        np.tile(o, (rows, 1)), np.tile(r, (rows, 1)), samples=2, seed=(3, 4)
+    )
     _, mutual_information, spread = enumerate_uncertainty(o, r)
     values = result.mutual_information.numpy()
-    assert abs(values.mean() - mutual_information) < 5 * values.std() / np.sqrt(rows) < 0.1 * mutual_information
+    assert (
+        abs(values.mean() - mutual_information)
+        < 5 * values.std() / np.sqrt(rows)
+        < 0.1 * mutual_information
+    )
     squares = np.square(result.spread.numpy())
-    np.testing.assert_array_less(np.abs(squares.mean(0) - spread**2), 5 * squares.std(0) / np.sqrt(rows))
+    np.testing.assert_array_less(
+        np.abs(squares.mean(0) - spread**2), 5 * squares.std(0) / np.sqrt(rows)
+    )
 
 
 def test_limits(rng):
     logits = rng.normal(size=(3, 5)).astype("float32")
-    certain = functional.uncertainty(logits, tf.fill((3, 5), 1e30))  # every class retained: the softmax alone
+    certain = functional.uncertainty(
+        logits, tf.fill((3, 5), 1e30)
+    )  # every class retained: the softmax alone
     p = tf.nn.softmax(logits)
     np.testing.assert_allclose(certain.entropy, -np.sum(p * np.log(p), -1), rtol=1e-5)
     for value in (certain.mutual_information, certain.spread):
@@ -76,14 +95,18 @@ def test_never_negative(dtype, rng):
     assert np.min(result.mutual_information) >= 0
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"retain_probability": 0.4}, {"posterior": "label"}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"retain_probability": 0.4}, {"posterior": "label"}], ids=str
+)
 def test_of_a_head(kwargs, rng):
     features = rng.normal(size=(2, 3, 6)).astype("float32")
     head, twin = DropMaxHead(4, seed=5, **kwargs), DropMaxHead(4, seed=5, **kwargs)
     first = head.uncertainty(features, samples=20)
     assert [tuple(value.shape) for value in first] == [(2, 3), (2, 3), (2, 3, 4)]
     before = head._train_seeds.state.numpy()
-    second = tf.function(lambda x: head.uncertainty(x, samples=5000), jit_compile=True)(tf.constant(features))
+    second = tf.function(lambda x: head.uncertainty(x, samples=5000), jit_compile=True)(
+        tf.constant(features)
+    )
     np.testing.assert_array_equal(head._train_seeds.state, before)
     logits = features.astype("float64") @ head.kernel.numpy()
     rho = head.retain_probabilities(features).numpy().astype("float64")
@@ -93,7 +116,9 @@ def test_of_a_head(kwargs, rng):
             np.testing.assert_allclose(value[i, j], want, atol=tolerance)
     again = twin.uncertainty(features, samples=20)
     np.testing.assert_array_equal(again.spread, first.spread)
-    assert np.abs(twin.uncertainty(features, samples=20).spread - first.spread).max() > 1e-3  # the next masks
+    assert (
+        np.abs(twin.uncertainty(features, samples=20).spread - first.spread).max() > 1e-3
+    )  # the next masks
 
 
 def test_wrong_arguments():

@@ -1,11 +1,11 @@
 """DropMax, the adaptive stochastic softmax, for Keras 3 on TensorFlow."""
 
 from tf_dropmax import functional
-from tf_dropmax.callbacks import DropMaxMonitor, DropMaxPredict, predict_mode
-from tf_dropmax.distribute import multi_worker
-from tf_dropmax.functional import sparsemax
+from tf_dropmax.baselines import SampledSoftmaxLoss, SparsemaxLoss, sparsemax
+from tf_dropmax.calibration import calibrate
+from tf_dropmax.callbacks import DropMaxMonitor, DropMaxPredict
 from tf_dropmax.head import DropMaxHead
-from tf_dropmax.losses import DropMaxLoss, SampledSoftmaxLoss, SparsemaxLoss
+from tf_dropmax.losses import DropMaxLoss
 from tf_dropmax.metrics import (
     BrierScore,
     ExpectedCalibrationError,
@@ -14,6 +14,8 @@ from tf_dropmax.metrics import (
     RetainedClasses,
     TargetRetainProbability,
 )
+from tf_dropmax.modes import predict_mode, set_predict_mode, set_predict_temperature
+from tf_dropmax.multi_worker_workaround import multi_worker
 
 __version__ = "0.1.0"
 
@@ -30,8 +32,11 @@ __all__ = [
     "SampledSoftmaxLoss",
     "SparsemaxLoss",
     "TargetRetainProbability",
+    "calibrate",
     "functional",
     "multi_worker",
     "predict_mode",
+    "set_predict_mode",
+    "set_predict_temperature",
     "sparsemax",
 ]

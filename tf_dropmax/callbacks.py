@@ -1,76 +1,46 @@
-"""What is done to the heads of a model from outside: choosing the test-time mode, watching and annealing the training."""
+"""Callbacks: the test-time mode of a call, and what the head has learned about its masks."""
+
+from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tf_dropmax.checks import check_one_of, check_positive_int
-from tf_dropmax.head import PREDICT_MODES, DropMaxHead
-from tf_dropmax.metrics import retain_statistics
+from tf_dropmax.head import DropMaxHead
+from tf_dropmax.inference import PREDICT_MODES
+from tf_dropmax.metrics.retain import retain_statistics
+from tf_dropmax.modes import heads_of, predict_mode
 
 
-@contextlib.contextmanager
-def predict_mode(model, mode, samples=30):
-    """Context manager: inside, every `DropMaxHead` of `model` predicts in the given mode.
+class _Callback(keras.callbacks.Callback):
+    """A callback whose copies do not contain the model of an earlier use."""
 
-    Compiled functions follow without retracing. On leaving, also by an exception, every head is back in the mode it had.
-    The mode belongs to the model: threads that share a model must not change it while others predict.
+    _of_one_use: tuple[str, ...] = ("_model",)
 
-    Args:
-        model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a `DropMaxHead`, or is one.
-        mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`, see `DropMaxHead`.
-        samples: Positive int, number of masks in mode `"sampled"`. Defaults to 30.
-
-    Yields:
-        `model`.
-
-    Raises:
-        ValueError: if `mode` or `samples` is not as above, or the model has no `DropMaxHead`.
-
-    Example:
-
-    >>> head = tf_dropmax.DropMaxHead(3)
-    >>> with tf_dropmax.predict_mode(head, "exact"):
-    ...     log_probabilities = head(np.ones((1, 4), "float32"))
-    >>> head.predict_mode
-    'expected'
-    """
-    heads = _heads(model)
-    before = [head._get_predict_setting() for head in heads]
-    try:
-        for head in heads:
-            head._set_predict_setting(mode, samples)
-        yield model
-    finally:
-        for head, setting in zip(heads, before, strict=True):
-            head._set_predict_setting(*setting)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), **dict.fromkeys(self._of_one_use)}
 
 
-def _heads(model):
-    if not isinstance(model, keras.layers.Layer):
-        raise ValueError(f"Expected a Keras model or layer. Received: {model!r} of type {type(model).__name__}")
-    heads = [layer for layer in model._flatten_layers() if isinstance(layer, DropMaxHead)]
-    if not heads:
-        raise ValueError(f"Expected a model with at least one DropMaxHead. Received: {model.name!r}, which has none")
-    return heads
+class DropMaxPredict(_Callback):
+    """Callback that sets the test-time mode for `predict`, `evaluate` and validation in `fit`.
 
-
-class DropMaxPredict(keras.callbacks.Callback):
-    """Callback that chooses the test-time mode for `predict`, `evaluate` and the validation inside `fit`.
-
-    The mode is in force while a prediction or evaluation step runs and at no other time: training steps never see it, and
-    an exception, wherever it is raised, leaves the model in the mode it had. Nothing is traced anew. The mode belongs to the
-    model: threads that share a model must not use this callback while others predict.
+    The mode is in force while a prediction or evaluation step runs. Training steps and other
+    callbacks do not see it. An exception leaves the model in the mode it had. A mode is traced
+    once for each model and batch signature. The mode belongs to the model: do not use this
+    callback in one thread while another thread predicts.
 
     Args:
-        mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`, see `DropMaxHead`.
+        mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`; see `DropMaxHead`.
         samples: Positive int, number of masks in mode `"sampled"`. Defaults to 30.
 
     Raises:
-        ValueError: if `mode` or `samples` is not as above; when used, if the model has no `DropMaxHead`, or if two of these
-            callbacks are given to one call.
+        ValueError: If `mode` or `samples` is not as above. In use: if the model has no
+            `DropMaxHead`, or one call has two of these callbacks.
 
     Example:
 
@@ -81,100 +51,94 @@ class DropMaxPredict(keras.callbacks.Callback):
     (2, 3)
     """
 
-    def __init__(self, mode, samples=30):
+    def __init__(self, mode: str, samples: int = 30):
         super().__init__()
         self.mode = check_one_of("mode", mode, PREDICT_MODES)
         self.samples = check_positive_int("samples", samples)
-        self._leave = self._make = None
 
-    def on_train_begin(self, logs=None):
-        _heads(self.model)  # a model without a head is an error now, not after the first epoch
+    def on_train_begin(self, logs: Any = None) -> None:
+        heads_of(self.model)  # Without a head, raise now and not after the first epoch.
 
-    # Keras calls `on_..._end` only if nothing went wrong. So the mode is set around each single step, where a `finally` can
-    # take it back; and the wrapper that does so is taken off at the end or, if the end never came, by
-    # `make_..._function`, with which Keras begins every call of `predict` and `evaluate`. Such a call may also come from
-    # another callback, in the midst of this one: then the next batch puts the wrapper on again.
+    def on_predict_begin(self, logs: Any = None) -> None:
+        heads_of(self.model)
 
-    def on_predict_begin(self, logs=None):
-        self._enter("predict")
+    def on_test_begin(self, logs: Any = None) -> None:
+        heads_of(self.model)
 
-    def on_predict_batch_begin(self, batch, logs=None):
-        self._enter("predict")
+    def on_predict_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._arm("predict")
 
-    def on_predict_end(self, logs=None):
-        self._leave()
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._arm("test")
 
-    def on_test_begin(self, logs=None):
-        self._enter("test")
+    def _arm(self, kind: str) -> None:
+        """Puts a function into the model that runs the next step, and no other, in the mode."""
+        model, name, make = self.model, f"{kind}_function", f"make_{kind}_function"
+        if make in vars(model):
+            raise ValueError(
+                "Expected one DropMaxPredict in a call. Received: another one, with "
+                f"mode={self.mode!r}"
+            )
+        function = getattr(model, name)
 
-    def on_test_batch_begin(self, batch, logs=None):
-        self._enter("test")
+        def disarm():
+            delattr(model, make)
+            if getattr(model, name) is step:  # It is not if the model was compiled meanwhile.
+                setattr(model, name, function)
 
-    def on_test_end(self, logs=None):
-        self._leave()
-
-    def _enter(self, kind):
-        model, step_name, make_name = self.model, f"{kind}_function", f"make_{kind}_function"
-        present = vars(model).get(make_name)
-        if present is not None:
-            if present is self._make:
-                return
-            raise ValueError(f"Expected one DropMaxPredict in a call. Received: another one, with mode={self.mode!r}")
-        _heads(model)
-        step, make = getattr(model, step_name), getattr(model, make_name)
-
-        def step_in_mode(*args):
+        def step(*args):
+            disarm()
             with predict_mode(model, self.mode, self.samples):
-                return step(*args)
+                getattr(model, make)()
+                return getattr(model, name)(*args)
 
-        def leave():
-            if vars(model).get(make_name) is make_after_leaving:
-                delattr(model, make_name)
-                if getattr(model, step_name) is step_in_mode:  # not, if the model was compiled since
-                    setattr(model, step_name, step)
+        def make_function(*args, **kwargs):
+            disarm()
+            return getattr(model, make)(*args, **kwargs)
 
-        def make_after_leaving(*args, **kwargs):
-            leave()
-            return make(*args, **kwargs)
-
-        setattr(model, step_name, step_in_mode)
-        setattr(model, make_name, make_after_leaving)
-        self._leave, self._make = leave, make_after_leaving
+        setattr(model, name, step)
+        # After an exception before the step, a later call must not run it. Each call of Keras
+        # begins with `make_..._function`, and no callback of this one hears of that call.
+        setattr(model, make, make_function)
 
 
-class DropMaxMonitor(keras.callbacks.Callback):
-    """Callback that anneals the head's settings, and logs what the head has learned about its masks.
+class DropMaxMonitor(_Callback):
+    """Callback that logs what the head has learned about its masks, and anneals its settings.
 
-    After every epoch it adds to the logs, from where they reach `history` and every callback that stands after this one
-    (`TensorBoard`, `CSVLogger`, `ModelCheckpoint`, ...), means over the given examples:
+    After every epoch it adds means over the given examples to the logs. They reach `history` and
+    every callback after this one (`TensorBoard`, `CSVLogger`, `ModelCheckpoint`, ...):
 
         retain_target      retain probability of the label's class
-        retain_others      retain probability of the other classes
-        retained_classes   expected number of classes that a mask retains, `sum_t rho_t`
-        mask_entropy       entropy of a mask, in nats, at most log 2
+        retain_others      mean retain probability of the other classes
+        retained_classes   expected number of classes that a mask keeps, `sum_t rho_t`
+        mask_entropy       mean entropy of a mask, in nats, at most log 2
 
-    and `entropy_weight` and `temperature`, those that are annealed, as they were in that epoch. If the model has several
-    heads, each is watched, the names begin with `HEAD_`, its name, and all are annealed alike.
+    It also adds the settings that it anneals, with their values in that epoch. If the model has
+    several heads, each is watched, and the names begin with the name of the head and an
+    underscore. All heads are annealed alike.
 
     Args:
-        x: Inputs of the model as for `predict`, a tensor, an array or a structure of them, of `(examples, ...)`; or `None`:
-            nothing is watched. Take validation data. Positions that a Keras mask leaves out do not count. Defaults to `None`.
-        y: Int labels, `(examples, ...)` or `(examples, ..., 1)`; needed with `x`. Defaults to `None`.
-        entropy_weight: `None` or a function from the epoch, an int from 0, to the weight to train it with, a non-negative
-            float. Defaults to `None`.
-        temperature: `None` or a function from the epoch to the temperature to train it with, a positive float. Defaults to
+        x: `None` or the inputs of the model, as for `predict`: a tensor, an array or a structure
+            of them, of shape `(examples, ...)`. Use validation data. `None` watches nothing.
+            Positions that a Keras mask excludes are ignored. Defaults to `None`.
+        y: Integer labels, or floats that are whole numbers, of shape `(examples, ...)` or
+            `(examples, ..., 1)`. Required with `x`. Defaults to `None`.
+        entropy_weight, temperature, auxiliary_weight: `None`, or a function of the epoch (an int
+            from 0) that returns the value of this setting of the head in that epoch. A
+            `keras.optimizers.schedules.LearningRateSchedule` is such a function. Default to
             `None`.
-        batch_size: Positive int, examples that are watched at a time. Defaults to 256.
+        batch_size: Positive int, number of examples that are watched at a time. Defaults to 256.
 
     Raises:
-        ValueError: if there is nothing to do, `x` and `y` do not fit together, or an argument is not as above; in training, if
-            the model has no `DropMaxHead`, does not call it on `x`, or a function gives a value that is not as above.
+        ValueError: If there is nothing to do, `x` and `y` do not match, or an argument is not as
+            above. In training: if the model has no `DropMaxHead`, does not call it exactly once
+            on `x`, or a function returns a value that the setting does not accept.
 
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), tf_dropmax.DropMaxHead(3)])
     >>> model.compile("adam", tf_dropmax.DropMaxLoss())
-    >>> x, y = np.random.default_rng(0).normal(size=(30, 4)).astype("float32"), np.arange(30) % 3
+    >>> x, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
     >>> monitor = tf_dropmax.DropMaxMonitor(x, y, entropy_weight=lambda epoch: 0.5**epoch)
     >>> history = model.fit(x, y, epochs=3, callbacks=[monitor], verbose=0).history
     >>> history["entropy_weight"]
@@ -183,94 +147,133 @@ class DropMaxMonitor(keras.callbacks.Callback):
     3
     """
 
-    def __init__(self, x=None, y=None, entropy_weight=None, temperature=None, batch_size=256):
-        super().__init__()
-        self.schedules = {"entropy_weight": entropy_weight, "temperature": temperature}
-        for name, schedule in self.schedules.items():
-            if schedule is not None and not callable(schedule):
-                raise ValueError(f"`{name}` must be a function of the epoch or `None`. Received: {name}={schedule!r}")
-        self.batch_size = check_positive_int("batch_size", batch_size)
-        self.x, self.y = x, None if y is None else np.asarray(y)
-        if (x is None) != (y is None) or (x is None and entropy_weight is None and temperature is None):
-            raise ValueError(
-                "Expected `x` with `y`, a schedule, or both. Received: "
-                + ", ".join(
-                    f"{name}={'None' if value is None else '...'}" for name, value in {"x": x, "y": y, **self.schedules}.items()
-                )
-            )
-        if x is not None:
-            sizes = {len(part) for part in keras.tree.flatten(x)}
-            if self.y.dtype.kind not in "iu" or self.y.ndim == 0 or sizes != {len(self.y)} or not len(self.y):
-                raise ValueError(
-                    "`y` must be whole numbers, one for each example of `x`. "
-                    f"Received: {self.y.dtype} of shape {self.y.shape}, x with {sorted(sizes)} examples"
-                )
+    _of_one_use = ("_model", "_statistics")
 
-    def on_train_begin(self, logs=None):
-        self._heads = _heads(self.model)
-        classes = min(head.units for head in self._heads)
-        if self.x is not None and not 0 <= self.y.min() <= self.y.max() < classes:
-            raise ValueError(f"`y` must be in [0, {classes}). Received: values from {self.y.min()} to {self.y.max()}")
+    def __init__(
+        self,
+        x: Any = None,
+        y: Any = None,
+        entropy_weight: Callable[[int], Any] | None = None,
+        temperature: Callable[[int], Any] | None = None,
+        auxiliary_weight: Callable[[int], Any] | None = None,
+        batch_size: int = 256,
+    ):
+        super().__init__()
+        schedules = {
+            "entropy_weight": entropy_weight,
+            "temperature": temperature,
+            "auxiliary_weight": auxiliary_weight,
+        }
+        for name, schedule in schedules.items():
+            if schedule is not None and not callable(schedule):
+                raise ValueError(
+                    f"`{name}` must be a function of the epoch or `None`. "
+                    f"Received: {name}={schedule!r}"
+                )
+        self.schedules = {name: each for name, each in schedules.items() if each is not None}
+        self.batch_size = check_positive_int("batch_size", batch_size)
+        if (x is None) != (y is None) or (x is None and not self.schedules):
+            given = {"x": x, "y": y, **schedules}
+            received = (f"{k}={'None' if v is None else '...'}" for k, v in given.items())
+            raise ValueError(
+                f"Expected `x` with `y`, a schedule, or both. Received: {', '.join(received)}"
+            )
+        self.x, self.y = x, None if x is None else _labels(x, y)
+        self._statistics: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        classes = min(head.units for head in heads_of(self.model))
+        if self.y is not None and not 0 <= self.y.min() <= self.y.max() < classes:
+            raise ValueError(
+                f"`y` must be in [0, {classes}). "
+                f"Received: values from {self.y.min()} to {self.y.max()}"
+            )
         self._statistics = tf.function(self._statistics_of)
 
-    def on_epoch_begin(self, epoch, logs=None):
-        for name, schedule in self._schedules():
-            for head in self._heads:
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        for name, schedule in self.schedules.items():
+            for head in heads_of(self.model):
                 setattr(head, name, schedule(epoch))
 
-    def on_epoch_end(self, epoch, logs=None):
-        if self.x is not None:
-            for head, values in zip(self._heads, self._means(), strict=True):
-                prefix = "" if len(self._heads) == 1 else f"{head.name}_"
-                logs.update({prefix + name: float(value) for name, value in zip(_STATISTICS, values, strict=True)})
-        logs.update({name: getattr(self._heads[0], name) for name, _ in self._schedules()})
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        heads = heads_of(self.model)
+        if self.y is not None:
+            for head, values in zip(heads, self._means(self.y), strict=True):
+                prefix = "" if len(heads) == 1 else f"{head.name}_"
+                named = zip(_STATISTICS, values, strict=True)
+                logs.update({prefix + name: float(value) for name, value in named})
+        logs.update({name: getattr(heads[0], name) for name in self.schedules})
 
-    def _schedules(self):
-        return [(name, schedule) for name, schedule in self.schedules.items() if schedule is not None]
+    def on_train_end(self, logs: Any = None) -> None:
+        self._statistics = None
 
-    def _means(self):
+    def _means(self, y: np.ndarray) -> np.ndarray:
         """Statistics of every head, averaged over the examples."""
-        total = 0.0
-        for start in range(0, len(self.y), self.batch_size):
+        sums = []
+        for start in range(0, len(y), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            y = self.y[rows]
-            x = keras.tree.map_structure(lambda part, rows=rows: tf.convert_to_tensor(part[rows]), self.x)
-            total += self._statistics(x, tf.constant(y, tf.int32)).numpy()
+            x = keras.tree.map_structure(
+                lambda part, rows=rows: tf.convert_to_tensor(part[rows]), self.x
+            )
+            sums.append(self._statistics(x, tf.constant(y[rows], tf.int32)).numpy())
+        total = np.sum(sums, axis=0)
         return total[:, 1:] / total[:, :1]
 
-    def _statistics_of(self, x, y):
-        """Sums over a batch, after their weight, shape `(heads, 1 + statistics)`."""
+    def _statistics_of(self, x: Any, y: tf.Tensor) -> tf.Tensor:
+        """Sums over a batch, after the sum of the weights, shape `(heads, 1 + statistics)`."""
+        heads = heads_of(self.model)
         with contextlib.ExitStack() as stack:
-            inputs = [stack.enter_context(_listening(head)) for head in self._heads]
+            heard = [stack.enter_context(_listening(head)) for head in heads]
             self.model(x, training=False)
-        return tf.stack([_mask_statistics(head, heard, y) for head, heard in zip(self._heads, inputs, strict=True)])
+        rows = (_mask_statistics(*each, y) for each in zip(heads, heard, strict=True))
+        return tf.stack(list(rows))
 
 
 _STATISTICS = ("retain_target", "retain_others", "retained_classes", "mask_entropy")
 
 
-def _mask_statistics(head, inputs, labels):
-    if len(inputs) != 1:
-        raise ValueError(f"Expected a model that calls its head {head.name!r} once. Received: {len(inputs)} calls of it")
-    ((features, mask),) = inputs
+def _labels(x: Any, y: Any) -> np.ndarray:
+    """`y` as an integer array, if it fits `x`."""
+    parts = keras.tree.flatten(x)
+    for part in parts:
+        if not hasattr(part, "shape") or len(part.shape) == 0:
+            raise ValueError(
+                "`x` must be an array or tensor of shape (examples, ...), or a structure of them. "
+                f"Received: a part of type {type(part).__name__}. Use `np.asarray` on nested lists"
+            )
+    labels = np.asarray(y)
+    whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and not (labels % 1).any())
+    sizes = {len(part) for part in parts}
+    if not whole or labels.ndim == 0 or sizes != {len(labels)} or not len(labels):
+        raise ValueError(
+            "`y` must be whole numbers, one for each example of `x`. "
+            f"Received: {labels.dtype} of shape {labels.shape}, x with {sorted(sizes)} examples"
+        )
+    return labels.astype("int64")
+
+
+def _mask_statistics(
+    head: DropMaxHead, heard: list[tuple[Any, Any]], labels: tf.Tensor
+) -> list[tf.Tensor]:
+    if len(heard) != 1:
+        raise ValueError(
+            f"Expected a model that calls its head {head.name!r} once. "
+            f"Received: {len(heard)} calls of it"
+        )
+    ((features, mask),) = heard
     rho = tf.cast(head.retain_probabilities(features), tf.float64)
     entropy = tf.reduce_mean(-tf.math.xlogy(rho, rho) - tf.math.xlog1py(1 - rho, -rho), axis=-1)
     weight = tf.ones_like(entropy) if mask is None else tf.cast(mask, tf.float64)
-    return [tf.reduce_sum(weight * values) for values in (1.0, *retain_statistics(labels, rho), entropy)]
+    values = (1.0, *retain_statistics(labels, rho), entropy)
+    return [tf.reduce_sum(weight * value) for value in values]
 
 
 @contextlib.contextmanager
-def _listening(head):
-    """Inside, what the head is called on for its classes, and its mask, is appended to the list that this yields."""
-    heard, call = [], head.call
-
-    def listen(inputs, training=False, mask=None, *, output="classes"):
-        if output == "classes":
-            heard.append((inputs, mask))
-        return call(inputs, training, mask, output=output)
-
-    head.call = listen
+def _listening(head: DropMaxHead) -> Iterator[list[tuple[Any, Any]]]:
+    """Inside, the inputs and the mask of every prediction of the head are added to a list."""
+    heard: list[tuple[Any, Any]] = []
+    head._listener = lambda inputs, mask: heard.append((inputs, mask))
     try:
         yield heard
     finally:
-        del head.call
+        head._listener = None

@@ -1,37 +1,63 @@
-"""Checks of arguments: what was expected, what was received."""
+"""Checks of arguments. Every message says what was expected and what was received."""
 
+from __future__ import annotations
+
+import math
 import numbers
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
 
 
-def check_one_of(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+def check_one_of(name: str, value: Any, choices: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {tuple(choices)}. Received: {name}={value!r}")
     return value
 
 
-def check_positive_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+def check_boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}")
+    return bool(value)
+
+
+def check_positive_int(name: str, value: Any) -> int:
+    if not _is_int(value) or value < 1:
         raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
     return int(value)
 
 
-def check_boolean(name, value):
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}")
-    return value
+def check_seed(value: Any) -> int | None:
+    if value is not None and not _is_int(value):
+        raise TypeError(f"`seed` must be an int or `None`. Received: seed={value!r}")
+    return None if value is None else int(value)
 
 
-def check_number(name, value, expected, valid):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not valid(value):
+def check_number(name: str, value: Any, expected: str, valid: Callable[[float], bool]) -> float:
+    """A Python, NumPy or eager TensorFlow number as a float."""
+    number = value
+    if hasattr(value, "numpy"):
+        number = value.numpy()
+    if isinstance(number, np.ndarray) and number.ndim == 0:
+        number = number[()]
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not is_number or not valid(float(number)):
         raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
-    return float(value)
+    return float(number)
 
 
-def check_weight(name, value):
-    return check_number(name, value, "a float >= 0, below 1e30", lambda x: 0 <= x < 1e30)
+def check_weight(name: str, value: Any) -> float:
+    return check_number(name, value, "a float >= 0 and below 1e30", lambda x: 0 <= x < 1e30)
 
 
-def check_seed(seed):
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
-        raise TypeError(f"`seed` must be an int or `None`. Received: seed={seed!r}")
-    return None if seed is None else int(seed)
+def check_temperature(name: str, value: Any) -> float:
+    return check_number(name, value, "a finite float > 0", lambda x: 0 < x < math.inf)
+
+
+def check_probability(name: str, value: Any) -> float:
+    return check_number(name, value, "a float in (0, 1)", lambda x: 0 < x < 1)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,15 +1,19 @@
 """Seeds of the library's own random numbers."""
 
+from __future__ import annotations
+
+import keras
 import tensorflow as tf
 
-_REPLICA_STRIDE = 668265263  # odd and unrelated to the stride between samples in `functional`
+# Odd, and unrelated to the stride between samples in `functional.prediction`.
+_REPLICA_STRIDE = 668265263
 
 
-def next_seed(generator):
-    """The next seed of a stream, another one on every replica of a `tf.distribute` strategy.
+def next_seed(generator: keras.random.SeedGenerator) -> tf.Tensor:
+    """The next seed of a stream. Under `tf.distribute`, every replica gets another seed.
 
     Args:
-        generator: A `keras.random.SeedGenerator`. Every replica holds the same state of it.
+        generator: A `keras.random.SeedGenerator`. All replicas hold the same state of it.
 
     Returns:
         Integer tensor, shape `(2,)`.
@@ -17,5 +21,6 @@ def next_seed(generator):
     seed = tf.convert_to_tensor(generator.next())
     replica = tf.distribute.get_replica_context()
     if replica is not None and replica.num_replicas_in_sync > 1:
-        seed += [tf.cast(replica.replica_id_in_sync_group, seed.dtype) * _REPLICA_STRIDE, 0]
+        offset = tf.cast(replica.replica_id_in_sync_group, seed.dtype) * _REPLICA_STRIDE
+        seed += tf.stack([offset, tf.zeros_like(offset)])
     return seed

@@ -1,1 +1,4 @@
-"""Experiments with the library: data, networks, the demo. Needs `pip install tf_dropmax[experiments]`."""
+"""The experiments: a demo, the paper's comparison, and measurements of speed.
+
+They need `pip install 'tf_dropmax[experiments]'`. The commands are in `__main__`.
+"""

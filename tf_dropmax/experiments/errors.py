@@ -1,5 +1,29 @@
-"""What a user can mend, said in one sentence."""
+"""The exception that the command line reports in one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A wrong argument, a missing file and the like; the command line prints its message and no traceback."""
+    """A mistake that a user can correct: a wrong argument, a missing file and the like.
+
+    The command line prints the message and no traceback.
+    """
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Context manager in which an `OSError` means that a file cannot be written.
+
+    Args:
+        what: String that names the file, the beginning of the message.
+
+    Raises:
+        UserError: Instead of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written ({error.strerror or error}).") from error

@@ -1,25 +1,48 @@
-"""What is measured of predictions, from log-probabilities `(N, T)` and labels `(N,)`."""
+"""The measures of predictions, from log-probabilities and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
+from tf_dropmax import ExpectedCalibrationError, NegativeLogLikelihood
 
-def error(log_probabilities, labels):
-    """Share of wrong predictions, in percent."""
+
+def error(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Share of wrong predictions, in percent.
+
+    Args:
+        log_probabilities: Array `(N, T)`.
+        labels: Integer array `(N,)`.
+
+    Returns:
+        Float.
+    """
     return 100 * float(np.mean(log_probabilities.argmax(-1) != labels))
 
 
-def negative_log_likelihood(log_probabilities, labels):
-    """Mean of `-log p(label)`, in nats."""
-    return -float(np.mean(log_probabilities[np.arange(len(labels)), labels], dtype="float64"))
+def negative_log_likelihood(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of `-log p(label)`, in nats. Arguments and result are as for `error`."""
+    return _in_float64(NegativeLogLikelihood, log_probabilities, labels)
 
 
-def calibration_error(log_probabilities, labels, bins=15):
-    """Expected calibration error in percent, equal-width bins: mean of |confidence - accuracy|, weighted by bin size."""
-    confidence = np.exp(log_probabilities.max(-1).astype("float64"))
-    right = log_probabilities.argmax(-1) == labels
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(np.sum(confidence[index == b]) - np.sum(right[index == b])) for b in range(bins)]
-    return 100 * float(np.sum(gaps)) / len(labels)
+def calibration_error(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error in percent, 15 bins of equal width. Arguments as for `error`."""
+    return 100 * _in_float64(ExpectedCalibrationError, log_probabilities, labels)
 
 
-MEASURES = {"error %": error, "NLL": negative_log_likelihood, "ECE %": calibration_error}
+def _in_float64(metric: Callable, log_probabilities: np.ndarray, labels: np.ndarray) -> float:
+    return float(metric(dtype="float64")(labels, log_probabilities.astype("float64")))
+
+
+MEASURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "error %": error,
+    "NLL": negative_log_likelihood,
+    "ECE %": calibration_error,
+}
+
+
+def measures_of(log_probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """All `MEASURES` by name. Arguments are as for `error`."""
+    return {name: measure(log_probabilities, labels) for name, measure in MEASURES.items()}

@@ -1,31 +1,50 @@
-"""Networks without their heads: from images to features. Every random number comes from the given seed."""
+"""Networks without their heads: models from images to features.
+
+Every network takes the same arguments and returns a Keras model:
+
+    shape: Shape of an image, `(height, width, channels)`.
+    seed: Int, from which all random numbers come.
+    l2: Non-negative float, the weight decay: `l2 / 2` times the squared norm of the weights is
+        added to the loss. Defaults to 0.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import layers
 
+Shape = tuple[int, int, int]
 
-def mlp(shape, seed, l2=0.0, width=128):
+
+def mlp(shape: Shape, seed: int, l2: float = 0.0, width: int = 128) -> keras.Model:
     """One hidden layer on the pixels.
 
     Args:
-        shape: Shape of an image, `(height, width, channels)`.
-        seed: Int.
-        l2: Non-negative float, weight decay: `l2 / 2` times the squared norm of all weights is added to the loss. Defaults
-            to 0.0.
+        shape, seed, l2: See the module.
         width: Positive int, number of features. Defaults to 128.
-
-    Returns:
-        A `keras.Sequential` from `(batch, *shape)` to `(batch, width)`.
     """
     dense = _dense(width, keras.initializers.HeNormal(seed), l2)
     return keras.Sequential([keras.Input(shape), layers.Flatten(), dense], name="features")
 
 
-def lenet(shape, seed, l2=0.0, start=keras.initializers.GlorotUniform):
-    """LeNet as in the authors' released code: convolutions 5 x 5 of 20 and 50 channels, each with pooling, then 500 units.
+def lenet(
+    shape: Shape,
+    seed: int,
+    l2: float = 0.0,
+    start: Callable[[int], keras.initializers.Initializer] = keras.initializers.GlorotUniform,
+) -> keras.Model:
+    """LeNet as in the authors' released code, with 500 features.
 
-    Args and result as for `mlp`; 500 features. `start` is the class of the initializers of the kernels, Glorot's as there;
-    He's are more than four times as large in the first layer, which makes a difference.
+    It has 5 x 5 convolutions of 20 and 50 channels, each with pooling, and a layer of 500 units.
+
+    Args:
+        shape, seed, l2: See the module.
+        start: Function from a seed to the initializer of a kernel. Defaults to Glorot's, as in the
+            released code. He's initial weights are more than four times as large in the first
+            layer, and the results differ.
     """
     stack = [
         keras.Input(shape),
@@ -39,11 +58,12 @@ def lenet(shape, seed, l2=0.0, start=keras.initializers.GlorotUniform):
     return keras.Sequential(stack, name="features")
 
 
-def tutorial_cnn(shape, seed, l2=0.0):
-    """The network of TensorFlow's tutorial "Deep MNIST for Experts", which the paper uses: 32 and 64 channels, 1,024 units.
+def tutorial_cnn(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
+    """The network of TensorFlow's tutorial "Deep MNIST for Experts", with 1,024 features.
 
-    Args and result as for `mlp`; 1,024 features. The initial weights (standard deviation 0.1) and biases (0.1) are the
-    tutorial's, and so is the dropout before the head, 0.5.
+    The paper uses it. It has convolutions of 32 and 64 channels. The tutorial also has the initial
+    weights (standard deviation 0.1), the initial biases (0.1) and the dropout of 0.5 before the
+    head.
     """
 
     def start(seed):
@@ -63,37 +83,46 @@ def tutorial_cnn(shape, seed, l2=0.0):
     return keras.Sequential(stack, name="features")
 
 
-def alexnet(shape, seed, l2=0.0):
-    """AlexNet in one tower, without its response normalisation, for photographs of 227 x 227 pixels from 0 to 255.
+def alexnet(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
+    """AlexNet in one tower and without response normalisation, with 4,096 features.
 
-    Args and result as for `mlp`; 4,096 features.
+    It takes photographs of 227 x 227 pixels with values from 0 to 255.
     """
     stack = [keras.Input(shape), layers.Rescaling(1 / 255)]
-    for number, (channels, size, stride, pool) in enumerate(
-        [(96, 11, 4, True), (256, 5, 1, True), (384, 3, 1, False), (384, 3, 1, False), (256, 3, 1, True)]
-    ):
-        padding = "valid" if number == 0 else "same"
+    convolutions = [  # channels, size, stride, whether pooling follows
+        (96, 11, 4, True),
+        (256, 5, 1, True),
+        (384, 3, 1, False),
+        (384, 3, 1, False),
+        (256, 3, 1, True),
+    ]
+    for number, (channels, size, stride, pool) in enumerate(convolutions):
+        options = {"padding": "valid" if number == 0 else "same", "activation": "relu"}
         weights = _weights(keras.initializers.HeNormal(seed + number), l2)
-        stack.append(layers.Conv2D(channels, size, stride, padding=padding, activation="relu", **weights))
+        stack.append(layers.Conv2D(channels, size, stride, **options, **weights))
         if pool:
             stack.append(layers.MaxPooling2D(3, 2))
     stack.append(layers.Flatten())
     for number in (5, 6):
-        stack += [_dense(4096, keras.initializers.HeNormal(seed + number), l2), layers.Dropout(0.5, seed=seed + number)]
+        stack.append(_dense(4096, keras.initializers.HeNormal(seed + number), l2))
+        stack.append(layers.Dropout(0.5, seed=seed + number))
     return keras.Sequential(stack, name="features")
 
 
-def resnet34(shape, seed, l2=0.0):
-    """The 34-layer residual network for 32 x 32 images: a 3 x 3 convolution, then 3, 4, 6, 3 blocks of 64 to 512 channels.
+def resnet34(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
+    """The 34-layer residual network for 32 x 32 images, with 512 features.
 
-    Args and result as for `mlp`; 512 features. Without the stride and the pooling of the first layers of the network for
-    ImageNet, which would leave little of so small an image.
+    It has a 3 x 3 convolution, then 3, 4, 6 and 3 blocks of 64 to 512 channels. The network for
+    ImageNet also has a stride and a pooling in its first layers, which would leave little of an
+    image of this size.
     """
     seeds = iter(range(seed, seed + 100))
 
     def convolution(x, channels, size, stride=1):
-        weights = {"kernel_initializer": keras.initializers.HeNormal(next(seeds)), "kernel_regularizer": decay(l2)}
-        x = layers.Conv2D(channels, size, stride, padding="same", use_bias=False, **weights)(x)
+        initializer = keras.initializers.HeNormal(next(seeds))
+        weights = {"kernel_initializer": initializer, "kernel_regularizer": decay(l2)}
+        options = {"padding": "same", "use_bias": False}
+        x = layers.Conv2D(channels, size, stride, **options, **weights)(x)
         return layers.BatchNormalization()(x)
 
     inputs = keras.Input(shape)
@@ -102,14 +131,15 @@ def resnet34(shape, seed, l2=0.0):
         channels = 64 * 2**stage
         for block in range(blocks):
             stride = 2 if stage and not block else 1
-            shortcut = x if x.shape[-1] == channels and stride == 1 else convolution(x, channels, 1, stride)
-            residual = convolution(layers.ReLU()(convolution(x, channels, 3, stride)), channels, 3)
-            x = layers.ReLU()(layers.Add()([shortcut, residual]))
+            same_shape = x.shape[-1] == channels and stride == 1
+            shortcut = x if same_shape else convolution(x, channels, 1, stride)
+            residual = layers.ReLU()(convolution(x, channels, 3, stride))
+            x = layers.ReLU()(layers.Add()([shortcut, convolution(residual, channels, 3)]))
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x), name="features")
 
 
-def decay(l2):
-    """The regularizer that adds `l2 / 2` times the squared norm, or `None`."""
+def decay(l2: float) -> keras.regularizers.Regularizer | None:
+    """The regularizer that adds `l2 / 2` times the squared norm, or `None` if `l2` is 0."""
     return keras.regularizers.L2(l2 / 2) if l2 else None
 
 
@@ -121,5 +151,9 @@ def _convolution(channels, initializer, l2, **options):
     return layers.Conv2D(channels, 5, activation="relu", **_weights(initializer, l2), **options)
 
 
-def _weights(initializer, l2):
-    return {"kernel_initializer": initializer, "kernel_regularizer": decay(l2), "bias_regularizer": decay(l2)}
+def _weights(initializer: Any, l2: float) -> dict[str, Any]:
+    return {
+        "kernel_initializer": initializer,
+        "kernel_regularizer": decay(l2),
+        "bias_regularizer": decay(l2),
+    }

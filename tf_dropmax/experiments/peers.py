@@ -1,4 +1,9 @@
-"""Other ways to a better head, which the head is compared with: losses and layers on plain logits."""
+"""Losses and layers of other methods, with which DropMax is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,15 +14,31 @@ from scipy.special import log_softmax
 from tf_dropmax.experiments.measures import negative_log_likelihood
 from tf_dropmax.seeds import next_seed
 
+Loss = Callable[[Any, tf.Tensor], tf.Tensor]
 
-def smoothed_cross_entropy(amount):
-    """Cross entropy with label smoothing (Szegedy et al. 2016): the label has `1 - amount`, all classes share the rest."""
+
+def smoothed_cross_entropy(amount: float) -> Loss:
+    """Cross entropy of logits with label smoothing (Szegedy et al. 2016).
+
+    Args:
+        amount: Float in [0, 1]. All classes share this part of the probability of the label.
+
+    Returns:
+        Function of sparse labels, shape `(batch,)` or `(batch, 1)`, and logits `(batch, T)`.
+    """
     smoothed = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=amount)
     return lambda labels, logits: smoothed(_one_hot(labels, logits), logits)
 
 
-def focal_loss(gamma):
-    """The focal loss (Lin et al. 2017), `-(1 - p)^gamma log p` of the label's probability p."""
+def focal_loss(gamma: float) -> Loss:
+    """The focal loss (Lin et al. 2017), `-(1 - p)^gamma log p`, where p is that of the label.
+
+    Args:
+        gamma: Non-negative float.
+
+    Returns:
+        Function as for `smoothed_cross_entropy`.
+    """
 
     def loss(labels, logits):
         log_p = tf.reduce_sum(_one_hot(labels, logits) * tf.nn.log_softmax(logits), axis=-1)
@@ -27,72 +48,95 @@ def focal_loss(gamma):
 
 
 def _one_hot(labels, logits):
-    return tf.one_hot(tf.reshape(tf.cast(labels, tf.int32), [-1]), logits.shape[-1], dtype=logits.dtype)
+    labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
+    return tf.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
 
 
 class Cooled(keras.layers.Layer):
-    """Divides logits by a temperature, at inference only: temperature scaling (Guo et al. 2017)."""
+    """Temperature scaling (Guo et al. 2017): divides logits by a temperature at inference.
 
-    def __init__(self, temperature, **kwargs):
+    Args:
+        temperature: Positive float.
+        **kwargs: Arguments of `keras.layers.Layer`.
+    """
+
+    def __init__(self, temperature: float, **kwargs: Any):
         super().__init__(**kwargs)
         self.temperature = temperature
 
-    def call(self, logits, training=False):
+    def call(self, logits: tf.Tensor, training: bool = False) -> tf.Tensor:
         return logits if training else logits / self.temperature
 
 
-def best_temperature(log_probabilities, labels):
-    """The temperature with the smallest negative log-likelihood, between 1/20 and 20.
+def best_temperature(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature from 1/20 to 20 with the smallest negative log-likelihood.
 
     Args:
         log_probabilities: Array `(N, T)`.
-        labels: Array `(N,)`.
+        labels: Integer array `(N,)`.
 
     Returns:
         Float.
     """
 
     def loss(log_temperature):
-        return negative_log_likelihood(log_softmax(log_probabilities / np.exp(log_temperature), axis=-1), labels)
+        scaled = log_softmax(log_probabilities / np.exp(log_temperature), axis=-1)
+        return negative_log_likelihood(scaled, labels)
 
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 class HeteroscedasticHead(keras.layers.Layer):
-    """Logits with noise whose size the network learns for every example (Collier et al. 2021).
+    """Logits with noise whose size depends on the example (Collier et al. 2021).
 
-    `u = mu + V e + sigma e'`, with `mu`, the `(T, factors)` matrix `V` and `sigma` linear in the features (`sigma` after a
-    softplus) and standard normal `e`, `e'`; log-probabilities are of the mean of `softmax(u / temperature)` over samples.
+    The noisy logits are `u = mu + V e + sigma e'` with standard normal `e` and `e'`. The mean
+    `mu` and the `(T, factors)` matrix `V` are linear in the features. `sigma` is the softplus of
+    a linear function. The layer returns the logarithm of the mean of `softmax(u / temperature)`
+    over samples.
 
     Args:
-        units: Positive int, T.
+        units: Positive int, the number of classes T.
         temperature: Positive float.
-        factors: Positive int, rank of the covariance besides its diagonal. Defaults to 6.
+        factors: Positive int, rank of `V`. Defaults to 6.
         samples: Positive int. Defaults to 30.
         seed: `None` or int. Defaults to `None`.
-        **kwargs: As for `keras.layers.Dense`, of which all the branches are made.
+        **kwargs: Arguments of `keras.layers.Dense`, for all three branches.
     """
 
-    def __init__(self, units, temperature, factors=6, samples=30, seed=None, **kwargs):
+    def __init__(
+        self,
+        units: int,
+        temperature: float,
+        factors: int = 6,
+        samples: int = 30,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__()
-        self.units, self.temperature, self.factors, self.samples = units, temperature, factors, samples
-        widths = (units, units * factors, units)
-        initializers = [keras.initializers.GlorotUniform(None if seed is None else seed + part) for part in range(3)]
+        self.units, self.temperature = units, temperature
+        self.factors, self.samples = factors, samples
         self.branches = [
-            keras.layers.Dense(width, kernel_initializer=initializer, **kwargs)
-            for width, initializer in zip(widths, initializers, strict=True)
+            keras.layers.Dense(
+                width,
+                kernel_initializer=keras.initializers.GlorotUniform(
+                    None if seed is None else seed + branch
+                ),
+                **kwargs,
+            )
+            for branch, width in enumerate((units, units * factors, units))
         ]
         self.seeds = keras.random.SeedGenerator(seed)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         for branch in self.branches:
             branch.build(input_shape)
 
-    def call(self, features):
+    def call(self, features: tf.Tensor) -> tf.Tensor:
         mean, factors, scale = (branch(features) for branch in self.branches)
         rows = tf.shape(mean)[0]
         factors = tf.reshape(factors, [rows, self.units, self.factors])
-        noise = tf.random.stateless_normal([self.samples, rows, self.units + self.factors], next_seed(self.seeds), alg="philox")
+        shape = [self.samples, rows, self.units + self.factors]
+        noise = tf.random.stateless_normal(shape, next_seed(self.seeds), alg="philox")
         logits = mean + tf.nn.softplus(scale) * noise[..., : self.units]
         logits += tf.einsum("btr,sbr->sbt", factors, noise[..., self.units :])
         log_p = tf.nn.log_softmax(logits / self.temperature)

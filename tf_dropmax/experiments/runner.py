@@ -1,4 +1,10 @@
-"""Runs many jobs, in worker processes; results go to a JSON-lines file at once, and a killed run goes on from there."""
+"""Runs many jobs in worker processes.
+
+Every result is written to a JSON-lines file as soon as it is there. A run that was killed continues
+from this file.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -8,24 +14,49 @@ import os
 import platform
 import subprocess
 import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import tensorflow as tf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from tf_dropmax.experiments.errors import UserError
+from tf_dropmax.experiments.errors import UserError, writing
+
+Job = dict[str, Any]
+Result = dict[str, Any]
+Record = dict[str, Any]
+Executed = tuple[Job, Callable[[], Result]]
 
 
-def key(job):
-    """What identifies a job, a dictionary of JSON values."""
+def key(job: Job) -> str:
+    """The string that identifies a job."""
     return json.dumps(job, sort_keys=True)
 
 
-def read(path):
-    """The records of a results file, by the key of their job; a last line that was cut short is left out."""
+def read(path: Path | str) -> dict[str, Record]:
+    """The records of a results file.
+
+    Args:
+        path: Path of the file, which need not exist.
+
+    Returns:
+        The records by the key of their job. A last line without its end is ignored.
+
+    Raises:
+        UserError: If another line is not a record.
+    """
     path = Path(path)
     records = {}
     if path.exists():
@@ -35,13 +66,15 @@ def read(path):
                 record = json.loads(line)
                 records[key(record["job"])] = record
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}, line {number}, is not a result of this program ({error}).") from error
+                raise UserError(
+                    f"{path}, line {number}, is not a result of this program ({error})."
+                ) from error
     return records
 
 
 @functools.cache
-def environment():
-    """Versions and device, which are stored with every result."""
+def environment() -> dict[str, Any]:
+    """The versions and the device, which are stored with every result."""
     packages = ("tf_dropmax", "tensorflow", "keras", "numpy")
     return {
         "python": platform.python_version(),
@@ -52,26 +85,29 @@ def environment():
     }
 
 
-def _commit():
-    """Of the checkout that this file is in, with a `+` if it has been changed since; `None` if it is in none."""
+def _commit() -> str | None:
+    """The commit of this checkout, with a `+` if files have changed. `None` without a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    options = {"check": True, "capture_output": True, "text": True}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit, changes = (
-            subprocess.run([*git, *command.split()], check=True, capture_output=True, text=True).stdout.strip()
+            subprocess.run([*git, *command.split()], **options).stdout.strip()
             for command in ("rev-parse --short HEAD", "status --porcelain -- ..")
         )
         return commit + ("+" if changes else "")
     return None
 
 
-def device():
-    """Names of the GPUs, or else of the processor."""
-    gpus = tf.config.list_physical_devices("GPU")
-    names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
+def device() -> str:
+    """The names of the GPUs, or of the processor if there is no GPU."""
+    names = [
+        tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
+        for gpu in tf.config.list_physical_devices("GPU")
+    ]
     return ", ".join(names) or _processor()
 
 
-def _processor():
+def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -79,47 +115,44 @@ def _processor():
     return platform.processor() or platform.machine()
 
 
-def run(execute, jobs, path, workers=2, console=None):
+def run(
+    execute: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    path: Path | str,
+    workers: int = 2,
+    console: Console | None = None,
+) -> list[Record]:
     """Executes the jobs that have no result yet.
 
     Args:
-        execute: A function that can be pickled, from a job to a dictionary of JSON values.
+        execute: Function from a job to a dictionary of JSON values. It must be picklable.
         jobs: Sequence of dictionaries of JSON values.
-        path: Path of the results file; each result is appended as soon as there is one, as
+        path: Path of the results file. Each result is appended as a record
             `{"job": ..., "result": ..., "environment": ...}`.
-        workers: Positive int, number of processes; each computes with its share of the processor's cores. With 1, jobs run in
-            this process. Defaults to 2.
+        workers: Positive int, number of processes. Each uses its share of the processor's cores.
+            1 runs the jobs in this process. Defaults to 2.
         console: A `rich.console.Console` for the progress display, or `None`. Defaults to `None`.
 
     Returns:
-        The records of all the jobs, in their order.
+        The records of all jobs, in the order of `jobs`.
 
     Raises:
-        UserError: if the file cannot be read or written; if a job failed, or its process was killed, and again when it was
-            alone, after all others have run.
+        UserError: If the file cannot be read or written. After all other jobs have run: if a job
+            raised an exception, or killed its process and killed it again when it ran alone.
     """
     path = Path(path)
     records = read(path)
     pending = [job for job in jobs if key(job) not in records]
     failures = []
     if pending:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+b")
-        except OSError as error:
-            raise UserError(f"The results file {path} cannot be written ({error.strerror or error}).") from error
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        # Jobs take minutes: the time left is estimated from all of them, and not from the last half-minute.
-        progress = Progress(*columns, console=console, speed_estimate_period=1e6)
-        with file, progress, contextlib.closing(_executed(execute, pending, workers)) as executed:
+        with (
+            _opened(path) as file,
+            _progress(console) as progress,
+            contextlib.closing(_executed(execute, pending, workers)) as executed,
+        ):
             _cut_broken_line(file)
-            task = progress.add_task(path.stem, total=len(jobs), completed=len(jobs) - len(pending))
+            completed = len(jobs) - len(pending)
+            task = progress.add_task(path.stem, total=len(jobs), completed=completed)
             for job, get in executed:
                 try:
                     record = {"job": job, "result": get(), "environment": environment()}
@@ -132,12 +165,35 @@ def run(execute, jobs, path, workers=2, console=None):
                 records[key(job)] = record
                 progress.advance(task)
     if failures:
-        raise UserError(f"{len(failures)} of {len(jobs)} jobs failed; the others are in {path}. " + "; ".join(failures))
+        raise UserError(
+            f"{len(failures)} of {len(jobs)} jobs failed. The results of the others are in {path}. "
+            + "; ".join(failures)
+        )
     return [records[key(job)] for job in jobs]
 
 
-def _executed(execute, jobs, workers):
-    """Yields every job, when it is done or has failed, with a function that returns its result or raises its exception."""
+def _opened(path: Path) -> BinaryIO:
+    with writing(f"The results file {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+b")
+
+
+def _progress(console: Console | None) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    # Jobs take minutes, so the remaining time is estimated from all jobs, not from 30 seconds.
+    return Progress(*columns, console=console, speed_estimate_period=1e6)
+
+
+def _executed(
+    execute: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+) -> Iterator[Executed]:
+    """Yields every finished job with a function that returns its result or raises its error."""
     if workers == 1:
         for job in jobs:
             yield job, functools.partial(execute, job)
@@ -145,27 +201,34 @@ def _executed(execute, jobs, workers):
     alone = []
     while jobs:
         broken = yield from _in_pool(execute, jobs, workers)
-        # Jobs begin in their order: the first of these were running when a process was killed, e.g. for want of memory, one
-        # of them being the cause; which one shows when they are alone.
+        # Jobs start in order. One of the first `workers` of these jobs has killed the process, for
+        # example because memory was short. Running them alone shows which one.
         alone += broken[:workers]
         jobs = [job for job, _ in broken[workers:]]
     for job, _ in alone:
-        yield from [(job, future.result) for job, future in (yield from _in_pool(execute, [job], workers))]
+        broken = yield from _in_pool(execute, [job], workers)
+        yield from ((job, future.result) for job, future in broken)
 
 
-def _in_pool(execute, jobs, workers):
-    """Yields as `_executed`; returns the jobs that did not finish as a process was killed, with their futures, in order."""
+def _in_pool(
+    execute: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+) -> Generator[Executed, None, list[tuple[Job, Future]]]:
+    """Yields as `_executed`. Returns the jobs whose process was killed, in order."""
+
+    def killed(future):
+        return isinstance(future.exception(), BrokenProcessPool)
+
     with _pool(workers) as pool, _ended_by_exceptions(pool):
         futures = {pool.submit(execute, job): job for job in jobs}
         for future in as_completed(futures):
-            if not isinstance(future.exception(), BrokenProcessPool):
+            if not killed(future):
                 yield futures[future], future.result
-    return [(job, future) for future, job in futures.items() if isinstance(future.exception(), BrokenProcessPool)]
+    return [(job, future) for future, job in futures.items() if killed(future)]
 
 
 @contextlib.contextmanager
-def _ended_by_exceptions(pool):
-    """On Ctrl-C or when a result cannot be written, ends the workers at once, rather than after all their jobs."""
+def _ended_by_exceptions(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """After an exception, such as Ctrl-C, the workers end at once and not after all their jobs."""
     try:
         yield
     except BaseException:
@@ -175,15 +238,18 @@ def _ended_by_exceptions(pool):
         raise
 
 
-def _pool(workers):
+def _pool(workers: int) -> ProcessPoolExecutor:
     threads = str(max((os.cpu_count() or 1) // workers, 1))
-    os.environ.update(OMP_NUM_THREADS=threads, TF_NUM_INTRAOP_THREADS=threads, TF_NUM_INTEROP_THREADS=threads)
-    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # else the first worker takes the whole memory of a GPU
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ[variable] = threads
+    # Otherwise the first worker takes all memory of a GPU.
+    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
 
 
-def _end_with_parent():
-    """In a worker: ends it when the program that started it was killed, which a worker would not notice by itself."""
+def _end_with_parent() -> None:
+    """Ends a worker when the program that started it is killed. It would not notice by itself."""
 
     def wait():
         multiprocessing.parent_process().join()
@@ -192,7 +258,7 @@ def _end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _cut_broken_line(file):
-    """Takes away what a kill in the midst of writing left after the last whole line."""
+def _cut_broken_line(file: BinaryIO) -> None:
+    """Removes a last line that is incomplete because the writing process was killed."""
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)

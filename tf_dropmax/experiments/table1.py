@@ -1,22 +1,30 @@
-"""Table 1: settings searched on validation data, with the same budget for every system, then every seed on test data."""
+"""Table 1 of the paper.
 
+The settings of every system are searched on validation data, with the same budget. The chosen
+settings are then measured on test data, with several seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.box import MARKDOWN
-from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from tf_dropmax.experiments import runner, train
+from tf_dropmax.experiments import data, runner, train
+from tf_dropmax.experiments.console import wide_console
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.systems import DECAYS, GROUPS
+from tf_dropmax.experiments.systems import DECAYS, GROUPS, System
 
-SEARCH_SEED = 1000  # of the splits, weights and masks while settings are searched; the final seeds count from 0
+SEARCH_SEED = 1000  # Seed of the searches. The final runs have seeds 0, 1, ...
 
-# Test error in percent, as published: the submission's Table 1, and for `label` NeurIPS 2018, where the softmax that it is
-# compared with has 7.09, 30.60 and 30.29.
+# Test error in percent, as published in Table 1 of the submission. `label` is NeurIPS 2018, where
+# the softmax has 7.09, 30.60 and 30.29.
 _COLUMNS = ("mnist-1k", "mnist-5k", "mnist-55k", "cifar-10", "cifar-100", "awa2")
 _PUBLISHED = {
     ("base", "(2)"): (7.17, 2.19, 0.84, 7.97, 30.81, 26.77),
@@ -30,105 +38,147 @@ _PUBLISHED = {
     ("adaptive", "(18)"): (6.59, 1.95, 0.75, 7.47, 29.58, 26.44),
     ("label", "(18)"): (5.32, None, None, None, 29.87, 26.91),
 }
-# {column: {(method, row): figure}}
+# {column: {(method, row): test error}}
 PAPER = {
-    column: {key: figures[number] for key, figures in _PUBLISHED.items() if figures[number] is not None}
+    column: {
+        key: errors[number] for key, errors in _PUBLISHED.items() if errors[number] is not None
+    }
     for number, column in enumerate(_COLUMNS)
 }
 
 
 def run(
-    column,
-    protocol="released",
-    systems="paper",
-    methods=None,
-    seeds=5,
-    iterations=None,
-    workers=2,
-    budget=6,
-    weights=None,
-    output=None,
-):
-    """Searches, trains, and prints the table; what is in the results file already is not done again.
+    column: str,
+    protocol: str = "released",
+    systems: str = "paper",
+    methods: Sequence[str] | None = None,
+    seeds: int = 5,
+    iterations: int | None = None,
+    workers: int = 2,
+    budget: int = 6,
+    weights: Path | str | None = None,
+    output: Path | str | None = None,
+) -> None:
+    """Searches, trains and prints the table. Jobs that the results file contains are not repeated.
 
     Args:
         column: A key of `train.COLUMNS`.
         protocol: A key of `train.PROTOCOLS`. Defaults to `"released"`.
-        systems: A key of `GROUPS`: `"paper"`, the systems that the paper compares; `"parts"`, adaptive DropMax with parts of
-            its objective switched off; `"peers"`, other ways to a better softmax. Defaults to `"paper"`.
-        methods: Sequence of the names of systems in that group, or `None`: all. Defaults to `None`.
-        seeds: Positive int, number of final runs of each method, seeds 0, 1, ... Defaults to 5.
-        iterations: Positive int, training steps of a run, or `None`: as the protocol has it. Defaults to `None`.
-        workers: Positive int, number of processes. Defaults to 2.
-        budget: Positive int, at most 6, number of settings that are tried for each method: up to half of it for what the
-            method has of its own, with the best weight decay; the rest before, for weight decays. With 1, nothing is
-            searched: each method takes its defaults, and the weight decay of the authors' code. Defaults to 6.
-        weights: Path of a `.weights.h5` file from which the network, without its head, starts; or `None`: random weights.
+        systems: A key of `GROUPS`. `"paper"` are the systems of the paper. `"parts"` is adaptive
+            DropMax with parts of its objective switched off. `"peers"` are other ways to improve a
+            softmax. Defaults to `"paper"`.
+        methods: Sequence of names of systems in that group. `None` takes all. Defaults to `None`.
+        seeds: Positive int, number of final runs of each method. Defaults to 5.
+        iterations: Positive int, training steps of a run. `None` takes those of the protocol.
             Defaults to `None`.
-        output: Path of the results file, or `None`: `table1-COLUMN-PROTOCOL.jsonl`. Defaults to `None`.
+        workers: Positive int, number of processes. Defaults to 2.
+        budget: Positive int, at most 6, number of settings that are tried for each method. First
+            weight decays are tried, then the method's own settings with the best weight decay. The
+            latter use at most half of the budget. 1 searches nothing: each method has its default
+            settings and the weight decay of the authors' code. Defaults to 6.
+        weights: Path of a `.weights.h5` file from which the network without its head starts.
+            `None` starts from random weights. Defaults to `None`.
+        output: Path of the results file. `None` is `table1-COLUMN-PROTOCOL.jsonl`. Defaults to
+            `None`.
 
     Raises:
-        UserError: as `runner.run`, and if the data cannot be read.
+        UserError: If an argument is not as above, or the data cannot be read, or as `runner.run`.
     """
-    console = Console()
-    if not console.is_terminal:
-        console.width = 220  # a table in a file is not to be wrapped
+    console = wide_console(220)
     systems = GROUPS[systems]
     methods = list(dict.fromkeys(methods or systems))
     if not set(methods) <= set(systems):
-        raise UserError(f"The methods are {', '.join(systems)}; received {', '.join(methods)}.")
+        raise UserError(f"The methods are {', '.join(systems)}. Received: {', '.join(methods)}.")
     if budget > len(DECAYS):
-        raise UserError(f"The budget is at most {len(DECAYS)}, so that all methods can use it; received {budget}.")
-    iterations = iterations or train.PROTOCOLS[protocol].iterations or train.COLUMNS[column].iterations
-    output = Path(output or f"table1-{column}-{protocol}.jsonl")
-    train.data.LOADERS[train.COLUMNS[column].dataset]()  # a missing file is found now, and not in every worker
-    execute = partial(train.execute, folder=str(output.with_suffix(".part")))
-    same = {"column": column, "protocol": protocol, "iterations": iterations}
+        raise UserError(
+            f"The budget is at most {len(DECAYS)}, so that all methods can use it. "
+            f"Received: {budget}."
+        )
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"There is no file of weights {weights}.")
+    # Before the workers start, so that a missing file is one error and a download happens once.
+    data.require(train.COLUMNS[column].dataset)
+    default = train.PROTOCOLS[protocol].iterations or train.COLUMNS[column].iterations
+    same = {"column": column, "protocol": protocol, "iterations": iterations or default}
     if weights is not None:
-        if not Path(weights).is_file():
-            raise UserError(f"There is no file of weights {weights}.")
         same["weights"] = str(Path(weights).resolve())
     console.print(f"The network starts from {'random weights' if weights is None else weights}.")
+    output = Path(output or f"table1-{column}-{protocol}.jsonl")
+    execute = partial(train.execute, folder=str(output.with_suffix(".part")))
 
-    def job(method, settings, seed, phase):
-        return {**same, "method": method, "settings": settings, "seed": seed, "phase": phase}
+    def run_jobs(phase, settings, seeds):
+        jobs = [
+            {**same, "method": method, "settings": each, "seed": seed, "phase": phase}
+            for seed in seeds
+            for method, tried in settings.items()
+            for each in tried
+        ]
+        return runner.run(execute, jobs, output, workers, console)
 
-    def search(settings):
-        """Tries lists of settings, by method; returns the best of each."""
-        jobs = [job(method, each, SEARCH_SEED, "search") for method, tried in settings.items() for each in tried]
-        records = runner.run(execute, jobs, output, workers, console)
-        mine = {method: [record for record in records if record["job"]["method"] == method] for method in settings}
-        best = {method: min(mine[method], key=_validation) for method in settings}
-        fitted.update({method: record["result"].get("fitted", {}) for method, record in best.items()})
-        return {method: record["job"]["settings"] for method, record in best.items()}
+    chosen = _chosen_settings(
+        {method: systems[method] for method in methods},
+        train.COLUMNS[column].classes,
+        budget,
+        partial(run_jobs, "search", seeds=[SEARCH_SEED]),
+    )
+    finals = {method: [settings] for method, settings in chosen.items()}
+    console.print(table(run_jobs("final", finals, range(seeds))))
 
-    fitted = {}
-    options = {method: systems[method].options_for(train.COLUMNS[column].classes) for method in methods}
-    chosen = {method: {"l2": DECAYS[0], **options[method][0]} for method in methods}
-    if budget > 1:
-        others = {method: options[method][1:][: budget // 2] for method in methods}
-        decays = {method: DECAYS[: budget - len(others[method])] for method in methods}
-        chosen = search({method: [{**chosen[method], "l2": l2} for l2 in decays[method]] for method in methods})
-        best = {method: [chosen[method], *({**chosen[method], **other} for other in others[method])] for method in methods}
-        chosen = search(best)
-    chosen = {method: {**settings, **fitted.get(method, {})} for method, settings in chosen.items()}
-    finals = [job(method, chosen[method], seed, "final") for seed in range(seeds) for method in methods]
-    records = runner.run(execute, finals, output, workers, console)
-    console.print(table(records))
+
+def _chosen_settings(
+    systems: dict[str, System],
+    classes: int,
+    budget: int,
+    search: Callable[[dict[str, list[dict[str, Any]]]], list[runner.Record]],
+) -> dict[str, dict[str, Any]]:
+    """The best settings of each method.
+
+    Args:
+        systems: Dictionary of systems by method.
+        classes: Number of classes.
+        budget: As for `run`.
+        search: Function from lists of settings by method to the records of their runs.
+
+    Returns:
+        Dictionary of settings by method.
+    """
+    options = {method: system.options_for(classes) for method, system in systems.items()}
+    defaults = {method: {"l2": DECAYS[0], **own[0]} for method, own in options.items()}
+    if budget == 1:
+        return defaults
+    others = {method: own[1:][: budget // 2] for method, own in options.items()}
+    decays = {method: DECAYS[: budget - len(own)] for method, own in others.items()}
+    tried = {m: [{**defaults[m], "l2": l2} for l2 in decays[m]] for m in systems}
+    best = {m: record["job"]["settings"] for m, record in _best(search(tried)).items()}
+    tried = {m: [best[m], *({**best[m], **other} for other in others[m])] for m in systems}
+    return {
+        method: {**record["job"]["settings"], **record["result"].get("fitted", {})}
+        for method, record in _best(search(tried)).items()
+    }
+
+
+def _best(records):
+    """The record with the smallest validation error of each method."""
+    best = {}
+    for record in records:
+        method = record["job"]["method"]
+        best[method] = min(best.get(method, record), record, key=_validation)
+    return best
 
 
 def _validation(record):
-    """Validation error, ties broken by likelihood; a run that diverged comes last."""
+    """Validation error, ties broken by likelihood. A run that diverged comes last."""
     measures = next(iter(record["result"]["measures"].values()))
     pair = (measures["error %"], measures["NLL"])
     return pair if np.isfinite(pair).all() else (np.inf, np.inf)
 
 
-def table(records):
-    """The table of final runs, one row for each way to predict of each method.
+def table(records: Sequence[runner.Record]) -> Table:
+    """The table of final runs, with one row for each way to predict of each method.
 
     Args:
-        records: Sequence of records of phase `"final"`, of one column, with the same seeds for every method.
+        records: Sequence of records of phase `"final"`, of one column, with the same seeds for
+            every method.
 
     Returns:
         A `rich.table.Table`.
@@ -136,31 +186,30 @@ def table(records):
     job = records[0]["job"]
     seeds = len({record["job"]["seed"] for record in records})
     chosen = {record["job"]["method"]: record["job"]["settings"] for record in records}
-    title = f"{job['column']}, protocol {job['protocol']}, {job['iterations']} iterations, {seeds} seeds: test error in percent"
-    caption = "difference: mean of the paired differences to base, with its 95 % confidence interval"
-    result = Table(title=title, caption=caption, box=MARKDOWN)
-    for name in (
-        "method",
-        "predicted by",
-        "median",
-        "mean +- sd",
-        "NLL",
-        "ECE %",
-        "difference",
-        "ms/step",
-        "settings",
-        "paper",
-    ):
+    result = Table(
+        title=f"{job['column']}, protocol {job['protocol']}, {job['iterations']} iterations, "
+        f"{seeds} seeds: test error in percent",
+        caption="difference: mean of the paired differences to base, with its 95 % confidence "
+        "interval",
+        box=MARKDOWN,
+    )
+    for name in ("method", "predicted by", "median", "mean +- sd", "NLL", "ECE %", "difference"):
+        result.add_column(name)
+    for name in ("ms/step", "settings", "paper"):
         result.add_column(name)
     values = {}
     for record in records:
         for row, measures in record["result"]["measures"].items():
+            of_row = values.setdefault((record["job"]["method"], row), {})
             for name, value in measures.items():
-                values.setdefault((record["job"]["method"], row), {}).setdefault(name, []).append(value)
+                of_row.setdefault(name, []).append(value)
+    times = {}
+    for record in records:
+        milliseconds = 1000 * record["result"]["seconds"] / record["result"]["steps"]
+        times.setdefault(record["job"]["method"], []).append(milliseconds)
     base = values.get(("base", "(2)"))
     for (method, row), measures in values.items():
         errors = np.array(measures["error %"])
-        times = [r["result"]["seconds"] / r["result"]["steps"] for r in records if r["job"]["method"] == method]
         result.add_row(
             method,
             row,
@@ -169,7 +218,7 @@ def table(records):
             f"{np.mean(measures['NLL']):.3f}",
             f"{np.mean(measures['ECE %']):.2f}",
             _difference(errors, base) if base and method != "base" else "",
-            f"{1000 * np.median(times):.1f}",
+            f"{np.median(times[method]):.1f}",
             ", ".join(f"{name} {value:g}" for name, value in chosen[method].items()),
             str(PAPER.get(job["column"], {}).get((method, row), "")),
         )
@@ -178,7 +227,8 @@ def table(records):
 
 def _difference(errors, base):
     differences = errors - np.array(base["error %"])
+    mean = differences.mean()
     if len(differences) < 2:
-        return f"{differences.mean():+.2f}"
+        return f"{mean:+.2f}"
     half = stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
-    return f"{differences.mean():+.2f} [{differences.mean() - half:+.2f}, {differences.mean() + half:+.2f}]"
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"

@@ -1,0 +1,251 @@
+"""`calibrate`: one temperature a mode, fitted by likelihood."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+import tf_dropmax
+from tf_dropmax import DropMaxHead, DropMaxLoss, calibrate, predict_mode, set_predict_temperature
+from tf_dropmax.calibration import best_temperature
+
+MODES = ["expected", "exact", "softmax", "sampled"]
+
+
+def classifier(**kwargs):
+    """A model that is far too sure."""
+    start = keras.initializers.RandomNormal(stddev=3.0, seed=3)
+    head = DropMaxHead(4, seed=1, kernel_initializer=start, **kwargs)
+    model = keras.Sequential([keras.Input((6,)), head])
+    model.compile("sgd", DropMaxLoss())
+    return model
+
+
+@pytest.fixture
+def data(rng):
+    """Labels that follow the model a little."""
+    x = rng.normal(size=(300, 6)).astype("float32")
+    best = classifier().predict(x, verbose=0).argmax(-1)
+    return x, np.where(rng.random(300) < 0.6, best, rng.integers(4, size=300))
+
+
+def nll(log_p, y, temperature=1.0, weights=None):
+    rows = log_softmax(log_p.astype("float64") / temperature, axis=-1)
+    return -np.average(rows[np.arange(len(y)), y], weights=weights)
+
+
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_it_finds_the_best_temperature_and_predictions_use_it(data, mode):
+    x, y = data
+    model = classifier(predict_mode=mode)
+    before = model.predict(x, verbose=0)
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(nll(before, y), rel=1e-5)
+    temperature = calibrate(model, x, y)
+    grid = np.exp(np.linspace(-3, 3, 601))  # steps of 1 %
+    losses = [nll(before, y, t) for t in grid]
+    assert temperature == pytest.approx(grid[np.argmin(losses)], rel=0.011)
+    assert temperature > 1.05
+    assert nll(before, y) - min(losses) > 0.005
+    assert nll(before, y, temperature) <= min(losses) + 1e-9
+    expected = log_softmax(before.astype("float64") / temperature, axis=-1)
+    for found in (model.predict(x, verbose=0), model(x).numpy(), model.predict_on_batch(x)):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_array_equal(found.argmax(-1), before.argmax(-1))
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(nll(before, y, temperature), rel=1e-5)
+    assert model.layers[-1].predict_temperature == temperature
+    again = calibrate(model, x, y)
+    assert again == pytest.approx(temperature, rel=1e-6)  # It does not build on the present one.
+    set_predict_temperature(model, 1.0)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+
+
+def test_every_mode_has_a_temperature_of_its_own(data):
+    x, y = data
+    model = classifier()
+    found = {}
+    for mode in MODES:
+        with predict_mode(model, mode, samples=5):
+            found[mode] = calibrate(model, x, y)
+    assert model.layers[-1].predict_mode == "expected"
+    assert len(set(found.values())) == 4
+    for mode in MODES:
+        with predict_mode(model, mode):
+            assert model.layers[-1].predict_temperature == found[mode]
+            assert np.abs(model(x) - model.predict(x, verbose=0)).max() < 1e-5 or mode == "sampled"
+    assert model.get_config()["layers"][-1]["config"]["predict_temperatures"] == found
+
+
+def test_training_does_not_use_it(data):
+    x, y = data
+
+    def train(calibrated):
+        model = classifier()
+        if calibrated:
+            assert calibrate(model, x, y) > 1.5
+        return model.fit(x, y, epochs=2, shuffle=False, verbose=0).history["loss"]
+
+    assert train(True) == train(False)
+
+
+def test_files_carry_it(data, tmp_path):
+    x, y = data
+    model = classifier(predict_mode="exact")
+    calibrate(model, x, y)
+    expected = model.predict(x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-5)
+    model.export(tmp_path / "model", verbose=False)
+    artifact = tf.saved_model.load(tmp_path / "model")
+    np.testing.assert_allclose(artifact.serve(x), expected, atol=1e-5)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    np.testing.assert_allclose(clone.predict(x, verbose=0), expected, atol=1e-5)
+    config = json.loads(json.dumps(model.layers[-1].get_config()))
+    assert DropMaxHead.from_config(config).get_config() == config
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, *arrays):
+        super().__init__()
+        self.arrays = arrays
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return tuple(array[30 * index : 30 * index + 30] for array in self.arrays)
+
+
+def test_forms_of_data(data, rng):
+    x, y = data
+    expected = calibrate(classifier(), x, y)
+    shuffled = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(300).batch(64)
+    for arguments in [
+        (tf.constant(x), tf.constant(y)),
+        (x, y[:, None]),
+        (x, np.eye(4)[y]),
+        (x, y.tolist()),
+        (x, y, np.full(300, 2.0)),
+        (x, y, None, 7),
+        (shuffled,),
+        (Batches(x, y),),
+        (Batches(x, y, np.ones(300)),),
+        (zip(np.split(x, 3), np.split(y, 3), strict=True),),
+    ]:
+        assert calibrate(classifier(), *arguments) == pytest.approx(expected, rel=1e-5)
+    weights = rng.integers(3, size=300)
+    weighted = calibrate(classifier(), x, y, weights)
+    kept = np.repeat(np.arange(300), weights)
+    assert weighted == pytest.approx(calibrate(classifier(), x[kept], y[kept]), rel=1e-5)
+    assert abs(weighted - expected) > 1e-3
+    by_batches = calibrate(classifier(), Batches(x, y, weights))
+    assert by_batches == pytest.approx(weighted, rel=1e-5)
+
+
+def test_soft_labels_sequences_and_several_inputs(rng):
+    a, b = rng.normal(size=(2, 40, 5, 3)).astype("float32")
+    inputs = [keras.Input((5, 3)), keras.Input((5, 3))]
+    start = keras.initializers.RandomNormal(stddev=3.0, seed=3)
+    outputs = DropMaxHead(4, kernel_initializer=start)(keras.layers.Add()(inputs))
+    model = keras.Model(inputs, outputs)
+    log_p = model.predict([a, b], verbose=0).reshape(-1, 4).astype("float64")
+    soft = 0.8 * np.exp(log_softmax(log_p / 3, axis=-1)) + 0.2 * rng.dirichlet(np.ones(4), size=200)
+    weights = rng.random((40, 5))
+    temperature = calibrate(model, [a, b], soft.reshape(40, 5, 4), weights)
+
+    def loss(t):
+        rows = -np.sum(soft * log_softmax(log_p / t, axis=-1), axis=-1)
+        return np.average(rows, weights=weights.ravel())
+
+    grid = np.exp(np.linspace(-3, 5, 801))
+    assert temperature == pytest.approx(grid[np.argmin([loss(t) for t in grid])], rel=0.011)
+
+
+@pytest.mark.parametrize("labels", ["y", "one class", "out of range", "half"])
+def test_bad_data_leaves_the_model_as_it_was(data, labels):
+    x, y = data
+    model = classifier()
+    set_predict_temperature(model, 3.0)
+    before = model.predict(x, verbose=0)
+    broken = np.where(np.arange(300)[:, None] == 5, np.nan, x)
+    weights = np.ones(300)
+    cases = {
+        "y": [
+            ((broken, y), "finite log-probabilities.*Received: 4 "),
+            ((x, y, np.where(weights == 1, np.inf, 0)), "finite weights"),
+            ((x, y, 0 * weights), "positive weight"),
+            ((x,), "`y` of type NoneType|y of type NoneType"),
+            ((x, y[:5]), "as many examples"),
+            ((x[:0], y[:0]), "Expected examples"),
+            ((Batches(x, y), y), "must be `None`"),
+            ((Batches(x),), "without labels"),
+            ((x, y, None, 0), "`batch_size`"),
+        ],
+        "one class": [((x, 0 * y), r"two classes or more.*class \[0\]")],
+        "out of range": [((x, y + 1), r"whole numbers in \[0, T\)")],
+        "half": [((x, y + 0.5), r"whole numbers in \[0, T\)")],
+    }
+    for arguments, message in cases[labels]:
+        with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=message):
+            calibrate(model, *arguments)
+        assert model.layers[-1].predict_temperature == 3.0
+        np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+
+
+def test_models_that_cannot_be_calibrated(data):
+    x, y = data
+    inputs = keras.Input((6,))
+    head = DropMaxHead(4)
+    plain = keras.Sequential([inputs, keras.layers.Dense(4)])
+    two = keras.Model(inputs, [DropMaxHead(4)(inputs), DropMaxHead(4)(inputs)])
+    outputs = keras.Model(inputs, {"a": head(inputs), "b": head(inputs, output="logits")})
+    for model, message in [
+        (plain, "at least one DropMaxHead"),
+        (two, "one DropMaxHead.*Received: 2"),
+        (outputs, "one output"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, x, y)
+    for temperature in (0, -1.0, np.nan, np.inf, "2", None):
+        with pytest.raises(ValueError, match=r"`temperature` must be.*Received"):
+            set_predict_temperature(outputs, temperature)
+        with pytest.raises(ValueError, match=r"`temperature` must be.*Received"):
+            DropMaxHead(4, predict_temperatures={"exact": temperature})
+    with pytest.raises(ValueError, match="predict_mode"):
+        DropMaxHead(4, predict_temperatures={"mean": 2.0})
+
+
+def test_without_scipy_the_error_says_what_to_install(data, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"pip install 'tf_dropmax\[calibration\]'"):
+        calibrate(classifier(), *data)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+    rows=st.integers(2, 30),
+    classes=st.integers(2, 6),
+)
+def test_it_is_never_worse_than_no_temperature(seed, scale, rows, classes):
+    draw = np.random.default_rng(seed)
+    logits = scale * draw.normal(size=(rows, classes))
+    y = draw.integers(classes, size=rows)
+    y[:2] = 0, 1
+    temperature = best_temperature(logits, y)
+    assert 0.01 <= temperature <= 100
+    assert nll(logits, y, temperature) <= nll(logits, y)
+
+
+def test_the_same_code_scales_a_plain_softmax(rng):
+    logits = rng.normal(size=(50, 3))
+    y = rng.integers(3, size=50)
+    one, other = best_temperature(logits, y), best_temperature(logits + 5.0, y[:, None])
+    assert one == pytest.approx(other, rel=1e-4)
+    assert tf_dropmax.calibration.best_temperature is best_temperature

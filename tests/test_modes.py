@@ -1,0 +1,379 @@
+"""`predict_mode` and `set_predict_mode`: the mode is fixed when a graph is traced."""
+
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_dropmax import (
+    DropMaxHead,
+    DropMaxLoss,
+    DropMaxPredict,
+    functional,
+    predict_mode,
+    set_predict_mode,
+)
+
+DETERMINISTIC = ["expected", "exact", "softmax"]
+MODES = [*DETERMINISTIC, "sampled"]
+
+
+def classifier(**kwargs):
+    """A model whose modes differ by more than 1e-2 in some log-probability."""
+    start = keras.initializers.RandomNormal(stddev=1.5, seed=3)
+    head = DropMaxHead(4, seed=1, retain_kernel_initializer=start, **kwargs)
+    hidden = keras.layers.Dense(8, "relu", kernel_initializer=keras.initializers.HeNormal(0))
+    return keras.Sequential([keras.Input((6,)), hidden, head])
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(40, 6)).astype("float32")
+
+
+def by_functional(model, x):
+    """What the deterministic modes must give, by the pure functions and NumPy products."""
+    hidden, head = model.layers
+    h = np.maximum(x @ hidden.kernel.numpy() + hidden.bias.numpy(), 0)
+    logits = h @ head.kernel.numpy() + head.bias.numpy()
+    retain_logits = h @ head.retain_kernel.numpy() + head.retain_bias.numpy()
+    log_p = {
+        "expected": functional.expected_log_probabilities(logits, retain_logits).numpy(),
+        "exact": functional.exact_log_probabilities(logits, retain_logits).numpy(),
+        "softmax": functional.softmax_log_probabilities(logits).numpy(),
+    }
+    for one, other in [("expected", "exact"), ("exact", "softmax"), ("softmax", "expected")]:
+        assert np.abs(log_p[one] - log_p[other]).max() > 1e-2
+    return log_p
+
+
+def mean_nll(log_p, y):
+    return -log_p[np.arange(len(y)), y].mean()
+
+
+def predictions(model, x):
+    """The same numbers by every way that Keras has."""
+    y = np.arange(len(x)) % 4
+    found = {
+        "call": model(x).numpy(),
+        "predict": model.predict(x, verbose=0),
+        "predict_on_batch": model.predict_on_batch(x),
+    }
+    for name, log_p in found.items():
+        np.testing.assert_allclose(log_p, found["call"], atol=1e-5, err_msg=name)
+    nll = mean_nll(found["call"], y)
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(nll, rel=1e-4)
+    assert model.test_on_batch(x, y) == pytest.approx(nll, rel=1e-4)
+    return found["predict"]
+
+
+SETTINGS = [{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("given", ["outer", "inner"])
+def test_a_change_reaches_the_model_what_is_in_it_and_what_is_around_it(x, settings, given):
+    inner = classifier()
+    outer = keras.Sequential([keras.Input((6,)), inner])
+    for model in (inner, outer):
+        model.compile("adam", DropMaxLoss(), **settings)
+    expected = by_functional(inner, x)
+
+    def check(mode):
+        for model in (inner, outer):
+            np.testing.assert_allclose(predictions(model, x), expected[mode], atol=1e-5)
+
+    model = {"outer": outer, "inner": inner}[given]
+    with predict_mode(model, "softmax"):  # Nothing has been traced yet.
+        check("softmax")
+    for mode in DETERMINISTIC:
+        check("expected")
+        with predict_mode(model, mode) as same:
+            assert same is model
+            check(mode)
+    check("expected")
+    for mode in ("exact", "softmax", "expected"):
+        set_predict_mode(model, mode)
+        check(mode)
+
+
+def test_nested_contexts_and_exceptions(x):
+    model = classifier()
+    head, expected = model.layers[-1], by_functional(model, x)
+    with predict_mode(model, "softmax"):
+        with predict_mode(model, "sampled", samples=7):
+            assert (head.predict_mode, head.predict_samples) == ("sampled", 7)
+            np.testing.assert_allclose(np.exp(model.predict(x, verbose=0)).sum(-1), 1, atol=1e-5)
+        np.testing.assert_allclose(model.predict(x, verbose=0), expected["softmax"], atol=1e-5)
+        with pytest.raises(ValueError, match="incompatible"), predict_mode(model, "exact"):
+            model.predict(x[:, :5], verbose=0)
+        np.testing.assert_allclose(model.predict(x, verbose=0), expected["softmax"], atol=1e-5)
+    assert (head.predict_mode, head.predict_samples) == ("expected", 30)
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected["expected"], atol=1e-5)
+
+
+def test_samples_reach_the_graph(x):
+    """The standard deviation of a mean of 25 masks is a fifth of that of one mask."""
+    model = classifier()
+
+    def spread(samples):
+        with predict_mode(model, "sampled", samples):
+            return np.std([np.exp(model.predict(x, verbose=0)) for _ in range(60)], axis=0).mean()
+
+    assert spread(1) / spread(25) == pytest.approx(5, rel=0.15)
+
+
+def test_heads_may_have_modes_of_their_own(x):
+    first, second = classifier(name="first"), classifier(name="second", predict_mode="softmax")
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, [first(inputs), second(inputs)])
+    by_first, by_second = by_functional(first, x), by_functional(second, x)
+
+    def check(one, other):
+        expected = by_first[one], by_second[other]
+        for found, log_p in zip(model.predict(x, verbose=0), expected, strict=True):
+            np.testing.assert_allclose(found, log_p, atol=1e-5)
+
+    check("expected", "softmax")
+    with predict_mode(model, "exact"):
+        check("exact", "exact")
+    check("expected", "softmax")
+    set_predict_mode(second, "expected")
+    check("expected", "expected")
+    with predict_mode(first, "softmax"):
+        check("softmax", "expected")
+    check("expected", "expected")
+
+
+def test_a_training_step_that_predicts_follows(x):
+    """Its graph holds a prediction, so it depends on the mode."""
+
+    class SelfDistilled(keras.Model):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def call(self, x, training=False):
+            return self.inner(x, training=training)
+
+        def train_step(self, data):
+            return {"nll": -tf.reduce_mean(self(data[0], training=False)[:, 0])}
+
+    inner = classifier()
+    model = SelfDistilled(inner)
+    model.compile("sgd", DropMaxLoss())
+    expected = by_functional(inner, x)
+
+    def check(mode):
+        history = model.fit(x, np.zeros(40), batch_size=40, verbose=0).history
+        assert history["nll"][0] == pytest.approx(-expected[mode][:, 0].mean(), rel=1e-5)
+
+    check("expected")
+    for model_or_head in (model, inner, inner.layers[-1]):
+        set_predict_mode(model_or_head, "softmax")
+        check("softmax")
+        with predict_mode(model_or_head, "exact"):
+            check("exact")
+        set_predict_mode(model_or_head, "expected")
+        check("expected")
+
+
+def count_traces(model, monkeypatch):
+    """Counts how often the Python code of the head runs from here on."""
+    head = model.layers[-1]
+    traces, call = [], head.call
+    monkeypatch.setattr(head, "call", lambda *a, **k: traces.append(1) or call(*a, **k))
+    return traces
+
+
+@pytest.mark.parametrize("settings", [{}, {"jit_compile": True}], ids=str)
+def test_a_mode_is_traced_once_and_300_changes_leak_nothing(x, settings, monkeypatch):
+    model = classifier()
+    y = np.zeros(40)
+    model.compile("sgd", DropMaxLoss(), **settings)
+    expected = by_functional(model, x)
+    traces = count_traces(model, monkeypatch)
+
+    def use(mode):
+        with predict_mode(model, mode, samples=3):
+            found = model.predict(x, verbose=0)
+            model.evaluate(x, y, verbose=0)
+        by_callback = model.predict(x, verbose=0, callbacks=[DropMaxPredict(mode, samples=3)])
+        model.evaluate(x, y, verbose=0, callbacks=[DropMaxPredict(mode, samples=3)])
+        if mode != "sampled":
+            np.testing.assert_allclose(found, expected[mode], atol=1e-5)
+            np.testing.assert_allclose(by_callback, expected[mode], atol=1e-5)
+
+    def graphs():
+        gc.collect()
+        return sum(isinstance(each, tf.__internal__.FuncGraph) for each in gc.get_objects())
+
+    for mode in MODES:
+        use(mode)
+    model.predict(x, verbose=0)
+    before, held = len(traces), graphs()
+    assert before > 0
+    for index in range(75):
+        use(MODES[index % 4])
+        set_predict_mode(model, MODES[index % 3])
+    for index in range(225):
+        with predict_mode(model, MODES[index % 4], samples=3):
+            pass
+    assert len(traces) == before
+    assert graphs() == held
+
+
+def test_a_model_can_be_collected(x):
+    model = classifier()
+    with predict_mode(model, "exact"):
+        model.predict(x, verbose=0)
+    head, gone = model.layers[-1], weakref.ref(model)
+    del model
+    keras.backend.clear_session()
+    gc.collect()
+    assert gone() is None  # although its head is still in use
+    set_predict_mode(head, "softmax")
+    assert head.predict_mode == "softmax"
+
+
+def test_functions_of_an_earlier_compilation_do_not_come_back(x):
+    model, y = classifier(), np.zeros(40, int)
+    model.compile("sgd", DropMaxLoss())
+    expected = by_functional(model, x)
+
+    def check(factor):
+        for mode in ("exact", "softmax"):
+            nll = factor * mean_nll(expected[mode], y)
+            by_callback = model.evaluate(x, y, 40, verbose=0, callbacks=[DropMaxPredict(mode)])
+            assert by_callback == pytest.approx(nll, rel=1e-4)
+            with predict_mode(model, mode):
+                assert model.evaluate(x, y, 40, verbose=0) == pytest.approx(nll, rel=1e-4)
+
+    check(1)  # Before the mode of the model itself was traced,
+    model.compile("sgd", DropMaxLoss(reduction="sum"))
+    check(40)
+    model.evaluate(x, y, verbose=0)  # and after.
+    model.compile("sgd", DropMaxLoss())
+    check(1)
+    with predict_mode(model, "exact"):
+        model.compile("sgd", DropMaxLoss(reduction="sum"))
+        nll = 40 * mean_nll(expected["exact"], y)
+        assert model.evaluate(x, y, 40, verbose=0) == pytest.approx(nll, rel=1e-4)
+    check(40)
+
+
+def test_a_forced_function_does_not_come_back(x):
+    model = classifier()
+    expected = by_functional(model, x)
+    model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact")])
+    model.predict_step = lambda data: 2 * model(data, training=False)
+    model.make_predict_function(force=True)
+    found = model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact")])
+    np.testing.assert_allclose(found, 2 * expected["exact"], atol=1e-5)
+
+
+def test_attributes_cannot_be_set(x):
+    head = classifier().layers[-1]
+    for name, value in [("predict_mode", "exact"), ("predict_samples", 5)]:
+        with pytest.raises(AttributeError, match=f"set_predict_mode.*Received.*{value}"):
+            setattr(head, name, value)
+    assert (head.predict_mode, head.predict_samples) == ("expected", 30)
+
+
+def test_a_function_of_the_user_keeps_the_mode_it_was_traced_in(x):
+    model = classifier()
+    expected = by_functional(model, x)
+    function = tf.function(model)
+    np.testing.assert_allclose(function(x), expected["expected"], atol=1e-5)
+    set_predict_mode(model, "softmax")
+    np.testing.assert_allclose(function(x), expected["expected"], atol=1e-5)
+    np.testing.assert_allclose(tf.function(model)(x), expected["softmax"], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_holds_its_mode_and_nothing_else(x, mode):
+    model = classifier(predict_mode=mode)
+    graph = tf.function(model).get_concrete_function(tf.TensorSpec((None, 6))).graph
+    types = {op.type for op in graph.get_operations()}
+    library = graph.as_graph_def().library.function
+    types |= {node.op for function in library for node in function.node_def}
+    assert not types & {"Case", "StatelessCase"}
+    assert any("Random" in each for each in types) == (mode == "sampled")
+    assert any("While" in each for each in types) == (mode in ("sampled", "exact"))
+    captured = {id(handle) for handle in graph.external_captures}
+    head = model.layers[-1]
+    seeds = [generator.state.value.handle for generator in (head._predict_seeds, head._train_seeds)]
+    assert [id(seed) in captured for seed in seeds] == [mode == "sampled", False]
+    retain = [weight.value.handle for weight in (head.retain_kernel, head.retain_bias)]
+    assert all((id(each) in captured) == (mode != "softmax") for each in retain)
+
+
+def jacobian(function, x, **kwargs):
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        y = function(x)
+    return tape.batch_jacobian(y, x, **kwargs).numpy()
+
+
+class Module(tf.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 6), tf.float32)])
+    def __call__(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_works_for_dense_works_for_the_head(x, mode, tmp_path):
+    model = classifier(predict_mode=mode)
+    x = tf.constant(x[:5])
+    tf.saved_model.save(Module(model), tmp_path / "module")
+    module = tf.saved_model.load(tmp_path / "module")
+    model.export(tmp_path / "exported", verbose=False)
+    artifact = tf.saved_model.load(tmp_path / "exported")
+    mapped = tf.vectorized_map(lambda row: model(row[tf.newaxis])[0], x)
+    jacobians = [
+        jacobian(function, x, experimental_use_pfor=pfor)
+        for function, pfor in [(model, False), (artifact.serve, True), (artifact.serve, False)]
+    ]
+
+    def gradient(row):
+        with tf.GradientTape() as tape:
+            tape.watch(row)
+            log_p = model(row[tf.newaxis])[0, 2]
+        return tape.gradient(log_p, row)
+
+    gradients = tf.vectorized_map(gradient, x)
+    for log_p in (mapped, module(x), artifact.serve(x)):
+        np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, atol=1e-5)
+    if mode == "sampled":
+        assert np.abs(module(x) - module(x)).max() > 1e-3  # It draws new masks at every call.
+        return
+    expected = by_functional(model, x.numpy())[mode]
+    for log_p in (mapped, module(x), artifact.serve(x)):
+        np.testing.assert_allclose(log_p, expected, atol=1e-5)
+    reference = np.stack([tf.squeeze(jacobian(model, row[tf.newaxis])) for row in x])
+    assert np.abs(reference).max() > 0.1
+    for each in jacobians:
+        np.testing.assert_allclose(each, reference, atol=1e-5)
+    np.testing.assert_allclose(gradients, reference[:, 2], atol=1e-5)
+
+
+def test_what_is_no_mode_and_no_model_is_refused():
+    model = classifier()
+    for arguments in [("mean",), (None,), ("sampled", 0), ("sampled", 1.5), (["exact"],)]:
+        for change in (set_predict_mode, lambda *a: predict_mode(*a).__enter__()):
+            with pytest.raises(ValueError, match=r"must be.*Received"):
+                change(model, *arguments)
+        assert model.layers[-1].predict_mode == "expected"
+    plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="plain")
+    for change in (set_predict_mode, lambda *a: predict_mode(*a).__enter__()):
+        with pytest.raises(ValueError, match=r"at least one DropMaxHead.*'plain'"):
+            change(plain, "exact")
+        with pytest.raises(ValueError, match="Keras model or layer"):
+            change("model", "exact")

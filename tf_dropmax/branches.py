@@ -1,0 +1,229 @@
+"""Linear branches on the same features: their weights, initial values and matrix products."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import keras
+import tensorflow as tf
+
+from tf_dropmax.objectives import class_scale
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+KINDS = ("initializer", "regularizer", "constraint")
+WEIGHTS = ("kernel", "bias", "retain_kernel", "retain_bias")
+
+
+class BranchedLayer(keras.layers.Layer):
+    """Base class of the head. It owns a kernel and a bias for every branch.
+
+    The branch `"classes"` has the weights `kernel` and `bias`. Every other branch has the weights
+    `NAME_kernel` and `NAME_bias`. The branch `"auxiliary"` has the regularizers and constraints
+    of the branch `"retain"`.
+
+    Args:
+        units: Positive int, the number of classes T.
+        use_bias: Bool, whether the branches have a bias.
+        seed: `None` or int, for initializers that have no seed of their own.
+        weight_settings: Dictionary from every name in `WEIGHTS` to an initializer, a regularizer
+            and a constraint, each as `keras.initializers.get` and the like accept it.
+        **kwargs: Arguments of `keras.layers.Layer`.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        use_bias: bool,
+        seed: int | None,
+        weight_settings: dict[str, tuple[Any, Any, Any]],
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.units = units
+        self.use_bias = use_bias
+        self.seed = seed
+        self._branches: tuple[str, ...] = ("classes",)
+        for offset, weight in enumerate(WEIGHTS):
+            initializer, regularizer, constraint = weight_settings[weight]
+            setattr(self, f"{weight}_initializer", _seeded(initializer, seed, offset))
+            setattr(self, f"{weight}_regularizer", keras.regularizers.get(regularizer))
+            setattr(self, f"{weight}_constraint", keras.constraints.get(constraint))
+        self.input_spec = keras.layers.InputSpec(min_ndim=2)
+
+    @classmethod
+    def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> Self:
+        """A built head that starts from the kernel and bias of a trained `Dense` layer.
+
+        Units, bias, dtype policy, regularizers and constraints are those of `dense` unless given.
+        The retain branch starts at zero, so every retain probability is 1/2. In mode `"expected"`
+        the head then predicts what the softmax of `dense` did.
+
+        Args:
+            dense: A built `keras.layers.Dense` with activation `"linear"` or `"softmax"`, not
+                quantized. It is unchanged; the weights of the head are copies.
+            **kwargs: Arguments of `DropMaxHead`, except `units` and `use_bias`.
+
+        Returns:
+            A built `DropMaxHead`.
+
+        Raises:
+            TypeError: If `dense` is not a `Dense` layer.
+            ValueError: If `dense` is not built, is quantized or has another activation.
+
+        Example:
+
+        >>> dense = keras.layers.Dense(3)
+        >>> features = np.ones((2, 4), "float32")
+        >>> logits = dense(features)
+        >>> head = tf_dropmax.DropMaxHead.from_dense(dense)
+        >>> bool(np.allclose(head(features), tf.nn.log_softmax(logits), atol=1e-6))
+        True
+        """
+        arguments = _arguments_of_dense(dense)
+        for name in ("units", "use_bias"):
+            if name in kwargs:
+                raise ValueError(
+                    f"`{name}` must not be given, because the head has that of `dense`. "
+                    f"Received: {name}={kwargs[name]!r}"
+                )
+        head = cls(**{"retain_kernel_initializer": "zeros", **arguments, **kwargs})
+        kernel = tf.convert_to_tensor(dense.kernel)
+        head.build((None, kernel.shape[0]))
+        head.kernel.assign(kernel)
+        if dense.use_bias:
+            head.bias.assign(tf.convert_to_tensor(dense.bias))
+        return head
+
+    def build(self, input_shape: Any) -> None:
+        features = input_shape[-1]
+        if features is None:
+            raise ValueError(
+                f"The last dimension of the inputs of a {type(self).__name__} must be known. "
+                f"Received: input_shape={tuple(input_shape)}"
+            )
+        for branch in self._branches:
+            prefix = _prefix(branch)
+            kernel = self._add(prefix, "kernel", (features, self.units))
+            bias = self._add(prefix, "bias", (self.units,)) if self.use_bias else None
+            setattr(self, f"{prefix}kernel", kernel)
+            setattr(self, f"{prefix}bias", bias)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+
+    def _add(self, prefix: str, weight: str, shape: tuple[int, ...]) -> Any:
+        like = "retain_" if prefix == "auxiliary_" else prefix
+        initializer, regularizer, constraint = (
+            getattr(self, f"{like}{weight}_{kind}") for kind in KINDS
+        )
+        if prefix == "auxiliary_":
+            initializer = "zeros" if weight == "bias" else self._auxiliary_initializer()
+        return self.add_weight(
+            name=prefix + weight,
+            shape=shape,
+            initializer=initializer,
+            regularizer=regularizer,
+            constraint=constraint,
+        )
+
+    def _auxiliary_initializer(self) -> Any:
+        # With many classes the posterior must start close to the prior. Otherwise the divergence
+        # between them, a sum over classes, dominates the loss, and the features vanish.
+        seed = None if self.seed is None else (self.seed + 4) % 2**31
+        scale = class_scale(self.units) ** 2
+        return keras.initializers.VarianceScaling(scale, "fan_avg", "uniform", seed=seed)
+
+    def _product(self, features: Any, branch: str) -> tf.Tensor:
+        """Logits of a branch. The matrix product is in the compute dtype, the rest is not."""
+        kernel, bias = (
+            getattr(self, f"{_prefix(branch)}{weight}") for weight in ("kernel", "bias")
+        )
+        features, kernel = (keras.ops.cast(x, self.compute_dtype) for x in (features, kernel))
+        product = tf.cast(keras.ops.matmul(features, kernel), self._output_dtype)
+        return product if bias is None else product + tf.cast(bias, self._output_dtype)
+
+    def _checked(self, features: Any) -> tf.Tensor:
+        """Features that did not come through `__call__`, as a tensor that fits the weights."""
+        features = tf.convert_to_tensor(features)
+        self._check_dtype(features.dtype)
+        if not self.built:
+            self.build(features.shape)
+        expected = self.kernel.shape[0]
+        if features.shape.rank is None or features.shape[-1] != expected:
+            raise ValueError(
+                f"The features must have last dimension {expected}. "
+                f"Received: features.shape={features.shape}"
+            )
+        return features
+
+    def _check_dtype(self, dtype: Any) -> None:
+        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(dtype)):
+            raise ValueError(
+                f"The inputs of a {type(self).__name__} must be floating point. "
+                f"Received: dtype={dtype}"
+            )
+
+    @property
+    def _output_dtype(self) -> str:
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def get_config(self) -> dict[str, Any]:
+        config = {"units": self.units, "use_bias": self.use_bias, "seed": self.seed}
+        for weight in WEIGHTS:
+            for kind in KINDS:
+                serialize = getattr(keras, f"{kind}s").serialize
+                config[f"{weight}_{kind}"] = serialize(getattr(self, f"{weight}_{kind}"))
+        return {**super().get_config(), **config}
+
+
+def _arguments_of_dense(dense: keras.layers.Dense) -> dict[str, Any]:
+    """The arguments with which a head has the units, bias, dtype and penalties of `dense`."""
+    if not isinstance(dense, keras.layers.Dense):
+        raise TypeError(f"`dense` must be a `keras.layers.Dense`. Received: dense={dense!r}")
+    if not dense.built:
+        raise ValueError(f"`dense` must be built. Received: unbuilt layer {dense.name!r}")
+    if dense.activation not in (keras.activations.linear, keras.activations.softmax):
+        activation = keras.activations.serialize(dense.activation)
+        raise ValueError(
+            "`dense` must have activation 'linear' or 'softmax', because the head starts from its "
+            f"logits. Received: activation={activation!r}"
+        )
+    if dense.quantization_mode is not None:
+        mode = dense.quantization_mode
+        raise ValueError(f"`dense` must not be quantized. Received: quantization_mode={mode!r}")
+    penalties = {
+        f"{weight}_{kind}": getattr(dense, f"{weight}_{kind}")
+        for weight in ("kernel", "bias")
+        for kind in KINDS
+    }
+    return {
+        "units": dense.units,
+        "use_bias": dense.use_bias,
+        "dtype": dense.dtype_policy,
+        **penalties,
+    }
+
+
+def _prefix(branch: str) -> str:
+    return "" if branch == "classes" else f"{branch}_"
+
+
+def _seeded(identifier: Any, seed: int | None, offset: int) -> Any:
+    """The initializer. If it is random and has no seed, it gets one from the seed of the head."""
+    if seed is None:
+        return keras.initializers.get(identifier)
+    named: Any = None
+    if isinstance(identifier, str):
+        named = getattr(keras.initializers, identifier, None)
+    takes_seed = inspect.isclass(named) and "seed" in inspect.signature(named).parameters
+    if takes_seed:
+        # Without a seed it would draw one from Python's global stream.
+        return named(seed=(seed + offset) % 2**31)
+    initializer = keras.initializers.get(identifier)
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    config = initializer.get_config()
+    if config.get("seed", 0) is not None:
+        return initializer
+    return type(initializer).from_config({**config, "seed": (seed + offset) % 2**31})

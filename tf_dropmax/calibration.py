@@ -1,0 +1,204 @@
+"""Temperature scaling: a number, fitted on held-out data, that corrects probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dropmax.checks import check_positive_int
+from tf_dropmax.labels import at_label, label_weights
+from tf_dropmax.modes import heads_of, set_predict_temperature
+
+_LARGEST = 100.0  # Temperatures are searched from 1 / 100 to 100.
+
+
+def calibrate(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    batch_size: int = 256,
+) -> float:
+    """Fits the temperature of the log-probabilities, for the mode that a model predicts in.
+
+    The temperature minimises the negative log-likelihood of the labels. Predictions, evaluation,
+    saved and exported models use it from then on; training does not. Every mode has a temperature
+    of its own: to fit that of another mode, call this function inside `predict_mode`. No
+    prediction changes its class. On the given data the likelihood never gets worse. To undo the
+    calibration, call `set_predict_temperature(model, 1.0)`.
+
+    Use data that the model was not trained on and that you do not test on. Temperature scaling is
+    by Guo et al., On Calibration of Modern Neural Networks, ICML 2017. This function needs scipy:
+    `pip install 'tf_dropmax[calibration]'`.
+
+    Args:
+        model: A `keras.Model` with one `DropMaxHead`, whose one output is that of the head.
+        x: Inputs as for `model.evaluate`: an array or tensor or a structure of them; or a
+            `tf.data.Dataset`, `keras.utils.PyDataset`, generator or other iterable of batches
+            `(x, y)` or `(x, y, sample_weight)`.
+        y: Labels of the arrays, as for `DropMaxLoss`: sparse, one-hot or soft. It must be `None`
+            if `x` has the labels. Defaults to `None`.
+        sample_weight: `None`, or weights of the examples or positions. Defaults to `None`.
+        batch_size: Positive int, number of examples of an array that are predicted at a time.
+            Defaults to 256.
+
+    Returns:
+        Float, the temperature. It is 1.0 if no other temperature is better.
+
+    Raises:
+        ValueError: If the model has not one head and one output, there are no examples, all
+            labels are the same class, or a log-probability or weight is not finite. The model is
+            then unchanged.
+        ImportError: If scipy is not installed.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), tf_dropmax.DropMaxHead(3, seed=0)])
+    >>> x, y = np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) % 3
+    >>> model.compile("adam", tf_dropmax.DropMaxLoss())
+    >>> before = model.evaluate(x, y, verbose=0)
+    >>> temperature = tf_dropmax.calibrate(model, x, y)
+    >>> temperature > 0 and model.evaluate(x, y, verbose=0) <= before
+    True
+    """
+    heads = heads_of(model)
+    if len(heads) != 1:
+        raise ValueError(f"Expected a model with one DropMaxHead. Received: {len(heads)} heads")
+    before = heads[0].predict_temperature
+    set_predict_temperature(model, 1.0)
+    try:
+        predictions = _predictions(model, heads[0].units, _batches(x, y, sample_weight, batch_size))
+        temperature = best_temperature(*predictions)
+    except BaseException:
+        set_predict_temperature(model, before)
+        raise
+    set_predict_temperature(model, temperature)
+    return temperature
+
+
+def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -> float:
+    """The temperature with the smallest negative log-likelihood, between 0.01 and 100.
+
+    Args:
+        log_probabilities: Array of log-probabilities or logits, shape `(N, T)`.
+        labels: Array, shape `(N,)`, `(N, 1)` or `(N, T)`, as for `DropMaxLoss`.
+        weights: `None` or array, shape `(N,)`. Defaults to `None`.
+
+    Returns:
+        Float. It is 1.0 if no other temperature is better.
+
+    Raises:
+        ValueError: If there are no examples, all labels are the same class, or a value is not
+            finite.
+        ImportError: If scipy is not installed.
+
+    Example:
+
+    >>> from tf_dropmax.calibration import best_temperature
+    >>> logits = np.array([[2.0, 0.0]] * 4)
+    >>> round(best_temperature(logits, [0, 0, 0, 1]), 2)  # three of four are right
+    1.82
+    """
+    try:
+        from scipy.optimize import minimize_scalar
+        from scipy.special import logsumexp
+    except ImportError as error:
+        message = "Calibration needs scipy: pip install 'tf_dropmax[calibration]'"
+        raise ImportError(message) from error
+    logits = np.asarray(log_probabilities, "float64")
+    rows = np.ones(len(logits)) if weights is None else np.asarray(weights, "float64")
+    _check_finite("log-probabilities", logits)
+    _check_finite("weights", rows)
+    if not rows.sum() > 0:
+        raise ValueError("Expected examples with a positive weight. Received: none")
+    target = at_label(labels, logits, name="calibrate").numpy()
+    dense = _dense(labels, logits)
+    seen = np.flatnonzero(rows @ dense)
+    if len(seen) < 2:
+        raise ValueError(f"Expected labels of two classes or more. Received: class {seen} only")
+    mass = dense.sum(axis=-1)  # 1, unless soft labels have another sum
+
+    def loss(log_temperature: float) -> float:
+        scale = np.exp(-log_temperature)
+        each = mass * logsumexp(scale * logits, axis=-1) - scale * target
+        return float(np.average(each, weights=rows))
+
+    bounds = -np.log(_LARGEST), np.log(_LARGEST)
+    options = {"xatol": 1e-8}
+    best = float(minimize_scalar(loss, bounds=bounds, method="bounded", options=options).x)
+    return float(np.exp(best)) if loss(best) < loss(0.0) else 1.0
+
+
+def _dense(labels: Any, values: np.ndarray) -> np.ndarray:
+    """Labels as rows, after a check that sparse labels are in [0, T)."""
+    at_label(labels, values, name="calibrate")
+    labels, values = tf.convert_to_tensor(labels), tf.constant(values)
+    return label_weights(labels, values, name="calibrate").numpy()
+
+
+def _check_finite(what: str, values: np.ndarray) -> None:
+    wrong = np.size(values) - np.count_nonzero(np.isfinite(values))
+    if wrong:
+        raise ValueError(f"Expected finite {what}. Received: {wrong} that are not")
+
+
+def _batches(x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[Any]:
+    """Batches `(x, y, sample_weight)` of arrays or of an iterable of batches."""
+    if isinstance(x, keras.utils.PyDataset):
+        x = map(x.__getitem__, range(len(x)))
+    if isinstance(x, Iterable) and not hasattr(x, "shape") and not _is_structure(x):
+        if y is not None or sample_weight is not None:
+            raise ValueError(
+                "`y` and `sample_weight` must be `None` if `x` gives batches. "
+                f"Received: x of type {type(x).__name__}"
+            )
+        for batch in x:
+            yield keras.utils.unpack_x_y_sample_weight(batch)
+        return
+    check_positive_int("batch_size", batch_size)
+    y, sample_weight = (None if each is None else np.asarray(each) for each in (y, sample_weight))
+    parts = [part for part in (*keras.tree.flatten(x), y, sample_weight) if part is not None]
+    sizes = {len(part) for part in parts}
+    if y is None or len(sizes) != 1:
+        raise ValueError(
+            "`x`, `y` and `sample_weight` must have as many examples. "
+            f"Received: y of type {type(y).__name__}, parts with {sorted(sizes)} examples"
+        )
+    for start in range(0, len(y), batch_size):
+        rows = slice(start, start + batch_size)
+        inputs = keras.tree.map_structure(lambda part, rows=rows: part[rows], x)
+        yield inputs, y[rows], None if sample_weight is None else sample_weight[rows]
+
+
+def _is_structure(x: Any) -> bool:
+    """Whether `x` is a structure of arrays, as for a model with several inputs."""
+    return isinstance(x, list | tuple | dict)
+
+
+def _predictions(
+    model: keras.Model, units: int, batches: Iterable[Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-probabilities `(N, T)`, dense labels `(N, T)` and weights `(N,)` of all positions."""
+    parts = []
+    for x, y, sample_weight in batches:
+        log_p = model.predict_on_batch(x)
+        if not isinstance(log_p, np.ndarray) or log_p.shape[-1] != units:
+            raise ValueError(
+                f"Expected a model whose one output has shape (batch, ..., {units}). "
+                f"Received: {keras.tree.map_structure(np.shape, log_p)}"
+            )
+        if y is None:
+            raise ValueError("Expected batches (x, y). Received: a batch without labels")
+        dense = _dense(y, log_p)
+        weights = np.ones(()) if sample_weight is None else np.asarray(sample_weight)
+        weights = weights.reshape(weights.shape + (1,) * (log_p.ndim - 1 - weights.ndim))
+        weights = np.broadcast_to(weights, log_p.shape[:-1])
+        parts.append((log_p.reshape(-1, units), dense.reshape(-1, units), weights.reshape(-1)))
+    if not parts:
+        raise ValueError("Expected examples. Received: none")
+    log_p, dense, weights = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return log_p, dense, weights

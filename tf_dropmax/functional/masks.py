@@ -1,0 +1,115 @@
+"""The masks that keep or drop classes: uniform draws, relaxed and hard Bernoulli masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dropmax.functional.numerics import LIMIT, to_float
+
+
+def uniform_draws(shape: Any, seed: Any, dtype: Any = "float32") -> tf.Tensor:
+    """Uniform draws from the open interval (0, 1).
+
+    The generator is Philox, which is fast with and without XLA.
+
+    Args:
+        shape: Integer tensor or sequence of integers, the shape of the result.
+        seed: Integer tensor or pair of integers, shape `(2,)`. The same seed gives the same
+            draws. XLA on a CPU gives other draws than TensorFlow without XLA.
+        dtype: `"float32"` or `"float64"`. Defaults to `"float32"`.
+
+    Returns:
+        Tensor of the given shape. The values are symmetric about 1/2, never 0 and never 1.
+
+    Example:
+
+    >>> u = tf_dropmax.functional.uniform_draws((2, 3), seed=(1, 2))
+    >>> tuple(u.shape)
+    (2, 3)
+    """
+    dtype = tf.as_dtype(dtype)
+    # XLA takes 32-bit seeds only.
+    seed = tf.cast(tf.math.floormod(tf.cast(seed, tf.int64), 2**31 - 1), tf.int32)
+    draws = tf.random.stateless_uniform(shape, seed, dtype=dtype, alg="philox")
+    # The draws are multiples of the spacing, and 0 is one of them. Add half a spacing.
+    spacing = 2.0**-23 if dtype == tf.float32 else 2.0**-52
+    return draws + spacing / 2
+
+
+def relaxed_mask_logits(
+    retain_logits: Any, uniform: Any, temperature: float | tf.Tensor = 0.1
+) -> tf.Tensor:
+    """Logits of the relaxed Bernoulli masks, eq. (6) before its sigmoid.
+
+    `(r + log u - log(1 - u)) / temperature`. The sigmoid of the result is the mask `z`. The
+    sigmoid of its negative is `1 - z` without cancellation. This is why the functions of this
+    package take mask logits and not masks.
+
+    Args:
+        retain_logits: Float tensor, shape `(..., T)`.
+        uniform: Float tensor, shape `(..., T)`, draws from the open interval (0, 1).
+        temperature: Positive float or scalar tensor. Defaults to 0.1.
+
+    Returns:
+        Tensor of shape `(..., T)`.
+
+    Example:
+
+    >>> F = tf_dropmax.functional
+    >>> F.relaxed_mask_logits([0.0, 2.0], uniform=[0.5, 0.5], temperature=0.5).numpy().tolist()
+    [0.0, 4.0]
+    """
+    retain_logits = to_float(retain_logits)
+    uniform = tf.cast(uniform, retain_logits.dtype)
+    temperature = tf.convert_to_tensor(temperature, dtype_hint=retain_logits.dtype)
+    noise = tf.math.log(uniform / (1 - uniform))
+    return (retain_logits + noise) * (1 / tf.cast(temperature, retain_logits.dtype))
+
+
+def relaxed_masks(
+    retain_logits: Any, uniform: Any, temperature: float | tf.Tensor = 0.1
+) -> tf.Tensor:
+    """Relaxed Bernoulli (Concrete) masks, eq. (6).
+
+    They have the distribution of `tfd.RelaxedBernoulli(temperature, logits=retain_logits)`.
+
+    Args:
+        retain_logits: Float tensor, shape `(..., T)`.
+        uniform: Float tensor, shape `(..., T)`, draws from the open interval (0, 1).
+        temperature: Positive float or scalar tensor. Defaults to 0.1.
+
+    Returns:
+        Masks in [0, 1], shape `(..., T)`.
+
+    Example:
+
+    >>> z = tf_dropmax.functional.relaxed_masks([0.0, 100.0], uniform=[0.5, 0.5])
+    >>> z.numpy().tolist()
+    [0.5, 1.0]
+    """
+    return tf.sigmoid(relaxed_mask_logits(retain_logits, uniform, temperature))
+
+
+def bernoulli_mask_logits(retain_probability: Any, uniform: Any) -> tf.Tensor:
+    """Logits of hard Bernoulli masks, for random DropMax.
+
+    The sigmoid of the result is exactly 1 (retained) or 0 (dropped).
+
+    Args:
+        retain_probability: Float or float tensor that broadcasts to the shape of `uniform`.
+        uniform: Float tensor, shape `(..., T)`, draws from the open interval (0, 1).
+
+    Returns:
+        Tensor of shape `(..., T)`. The gradient with respect to `retain_probability` is `None`.
+
+    Example:
+
+    >>> x = tf_dropmax.functional.bernoulli_mask_logits(0.4, [0.3, 0.7])
+    >>> tf.sigmoid(x).numpy().tolist()
+    [1.0, 0.0]
+    """
+    uniform = tf.convert_to_tensor(uniform)
+    limit = tf.constant(LIMIT, uniform.dtype)
+    return tf.where(uniform < tf.cast(retain_probability, uniform.dtype), limit, -limit)

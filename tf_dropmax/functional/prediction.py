@@ -1,0 +1,162 @@
+"""Test-time predictions, one function a mode; `exact_log_probabilities` is in `quadrature`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_dropmax.functional.masks import uniform_draws
+from tf_dropmax.functional.numerics import (
+    broadcast,
+    clip,
+    less_maximum,
+    log_sigmoid,
+    rows_with_nan,
+    tiny,
+    to_float,
+)
+
+_DROPPED = -3e38  # Stands for log 0 beside clipped logits, also in float32.
+_SAMPLE_STRIDE = 1640531527  # Odd, so that the seeds of successive draws never meet.
+
+
+def softmax_log_probabilities(logits: Any) -> tf.Tensor:
+    """Log-probabilities of the plain softmax, eq. (2), without masks.
+
+    Args:
+        logits: Float tensor, shape `(..., T)`.
+
+    Returns:
+        Log-probabilities, shape `(..., T)`.
+
+    Example:
+
+    >>> log_p = tf_dropmax.functional.softmax_log_probabilities([0.0, 0.0])
+    >>> tf.exp(log_p).numpy().round(4).tolist()
+    [0.5, 0.5]
+    """
+    logits = clip(logits)
+    return tf.nn.log_softmax(logits - tf.stop_gradient(tf.reduce_max(logits, -1, keepdims=True)))
+
+
+def expected_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:
+    """Log-probabilities with every mask at its mean, eq. (18).
+
+    `p_k = rho_k exp(o_k) / sum_t rho_t exp(o_t)`.
+
+    Args:
+        logits: Float tensor, shape `(..., T)`.
+        retain_logits: Float tensor, shape `(..., T)`.
+
+    Returns:
+        Log-probabilities, shape `(..., T)`.
+
+    Example:
+
+    >>> F = tf_dropmax.functional
+    >>> log_p = F.expected_log_probabilities([0.0, 0.0], [100.0, 0.0])  # rho is 1 and 1/2
+    >>> tf.exp(log_p).numpy().round(4)
+    array([0.6667, 0.3333], dtype=float32)
+    """
+    return _expected(*broadcast(to_float(logits), to_float(retain_logits)))
+
+
+@tf.custom_gradient
+def _expected(logits, retain_logits):
+    log_p = tf.nn.log_softmax(less_maximum(logits) + log_sigmoid(retain_logits))
+
+    def gradient(upstream):
+        by_logits = upstream - tf.exp(log_p) * tf.reduce_sum(upstream, axis=-1, keepdims=True)
+        return by_logits, by_logits * tf.sigmoid(-retain_logits)
+
+    return log_p, gradient
+
+
+def sampled_log_probabilities(
+    logits: Any, retain_logits: Any, samples: int | tf.Tensor = 30, seed: Any = (0, 0)
+) -> tf.Tensor:
+    """Log of the mean of the softmax (5) over drawn masks, eq. (17).
+
+    The masks are hard Bernoulli draws. One mask is held at a time, so memory is O(B T) whatever
+    `samples` is. A class that no draw kept has an estimate of 0. Its log-probability is then that
+    of the smallest normal number (-87.3 in float32), which is finite. The gradient with respect
+    to `logits` goes through the same draws. The gradient with respect to `retain_logits` is zero.
+
+    Args:
+        logits: Float tensor, shape `(..., T)`.
+        retain_logits: Float tensor, shape `(..., T)`.
+        samples: Positive int or scalar int tensor, the paper's S. Defaults to 30.
+        seed: Integer tensor or pair of integers, shape `(2,)`. Defaults to `(0, 0)`.
+
+    Returns:
+        Log-probabilities, shape `(..., T)`.
+
+    Example:
+
+    >>> F = tf_dropmax.functional
+    >>> log_p = F.sampled_log_probabilities([1.0, 0.0], [9.0, -9.0], samples=100, seed=(1, 2))
+    >>> bool(log_p[0] > log_p[1])
+    True
+    """
+    logits, retain_logits = broadcast(clip(logits), clip(retain_logits))
+
+    @tf.custom_gradient
+    def log_mean(logits, retain_logits):
+        (mean,) = means_over_masks(lambda p, kept: [p], 1, logits, retain_logits, samples, seed)
+        mean = tf.maximum(mean, tiny(logits))
+
+        def gradient(upstream):
+            def terms(p, kept):
+                pull = upstream * (p / mean)  # The ratio is at most `samples`.
+                total = tf.reduce_sum(pull, axis=-1, keepdims=True)
+                return [tf.where(kept, pull - p * total, 0)]
+
+            (by_logits,) = means_over_masks(terms, 1, logits, retain_logits, samples, seed)
+            return by_logits, tf.zeros_like(retain_logits)
+
+        return tf.math.log(mean), gradient
+
+    # A row with a NaN keeps no class. Without this line its prediction would be uniform.
+    nan = tf.constant(np.nan, logits.dtype)
+    return tf.where(rows_with_nan(logits, retain_logits), nan, log_mean(logits, retain_logits))
+
+
+def means_over_masks(
+    terms: Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]],
+    count: int,
+    logits: tf.Tensor,
+    retain_logits: tf.Tensor,
+    samples: int | tf.Tensor,
+    seed: Any,
+) -> list[tf.Tensor]:
+    """Means over drawn masks of the tensors that `terms` computes.
+
+    Args:
+        terms: Function from the softmax `p` under a mask and the bool mask `kept`, both of the
+            shape of `logits`, to a list of `count` tensors of that shape.
+        count: Positive int.
+        logits, retain_logits, samples, seed: As for `sampled_log_probabilities`.
+
+    Returns:
+        List of `count` tensors.
+    """
+    retain, seed = tf.sigmoid(retain_logits), tf.cast(seed, tf.int64)
+    samples = tf.cast(samples, tf.int64)
+
+    def add(index, *totals):
+        draw_seed = tf.stack([seed[0] + index * _SAMPLE_STRIDE, seed[1]])
+        kept = uniform_draws(tf.shape(logits), draw_seed, logits.dtype) < retain
+        # If no class is kept, all entries are equal and the softmax is uniform, as it should be.
+        p = tf.nn.softmax(tf.where(kept, logits, tf.constant(_DROPPED, logits.dtype)))
+        added = [total + term for total, term in zip(totals, terms(p, kept), strict=True)]
+        return index + 1, *added
+
+    def more(index, *_):
+        return index < samples
+
+    start = (tf.zeros((), tf.int64), *[tf.zeros_like(logits)] * count)
+    totals = tf.while_loop(more, add, start, parallel_iterations=1)[1:]
+    return [total / tf.cast(samples, logits.dtype) for total in totals]

@@ -1,0 +1,120 @@
+"""What a head computes at inference, mode by mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tf_dropmax import functional
+from tf_dropmax.checks import check_one_of, check_positive_int, check_temperature
+
+PREDICT_MODES = ("expected", "sampled", "exact", "softmax")
+
+# `keras.metrics.F1Score` and `FBetaScore` skip entries below 1e-9 in absolute value, so no
+# log-probability may be 0. 1 - 2**-24 is the largest float32 below 1. In float64 the bound is the
+# largest power of two that these metrics do not skip.
+_LARGEST = {"float32": math.log1p(-(2.0**-24)), "float64": math.log1p(-(2.0**-29))}
+
+
+class PredictSetting(NamedTuple):
+    """How a head predicts.
+
+    Attributes:
+        mode: One of `PREDICT_MODES`.
+        samples: Number of masks of mode `"sampled"`.
+        temperatures: The temperature of the log-probabilities of every mode, in the order of
+            `PREDICT_MODES`; see `tf_dropmax.calibrate`.
+    """
+
+    mode: str
+    samples: int
+    temperatures: tuple[float, ...] = (1.0,) * len(PREDICT_MODES)
+
+    @classmethod
+    def of_arguments(cls, mode: Any, samples: Any, temperatures: Any) -> PredictSetting:
+        """The setting that the arguments of `DropMaxHead` describe.
+
+        Raises:
+            ValueError: If an argument is not as `DropMaxHead` documents.
+        """
+        setting = cls("expected", 30)
+        for each, temperature in dict(temperatures or {}).items():
+            setting = setting.changed(each, 30).with_temperature(temperature)
+        return setting.changed(mode, samples)
+
+    def changed(self, mode: Any, samples: Any) -> PredictSetting:
+        """The setting with another mode and number of masks.
+
+        Raises:
+            ValueError: If `mode` is not in `PREDICT_MODES` or `samples` is not a positive int.
+        """
+        mode = check_one_of("predict_mode", mode, PREDICT_MODES)
+        return self._replace(mode=mode, samples=check_positive_int("predict_samples", samples))
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the mode in force."""
+        return self.temperatures[PREDICT_MODES.index(self.mode)]
+
+    def with_temperature(self, temperature: Any) -> PredictSetting:
+        """The setting with another temperature of the mode in force.
+
+        Raises:
+            ValueError: If `temperature` is not a finite float > 0.
+        """
+        temperature = check_temperature("temperature", temperature)
+        index = PREDICT_MODES.index(self.mode)
+        others = self.temperatures[:index], self.temperatures[index + 1 :]
+        return self._replace(temperatures=(*others[0], temperature, *others[1]))
+
+    @property
+    def traced(self) -> tuple[Any, ...]:
+        """What a graph depends on. Two settings with the same value share their graphs."""
+        return self.mode, self.samples if self.mode == "sampled" else None, self.temperature
+
+
+def log_probabilities(
+    setting: PredictSetting,
+    logits: tf.Tensor,
+    retain_logits: Callable[[], tf.Tensor],
+    seed: Callable[[], tf.Tensor],
+) -> tf.Tensor:
+    """Log-probabilities of one mode. The graph holds nothing of the other modes.
+
+    Args:
+        setting: A `PredictSetting`.
+        logits: Tensor, shape `(..., T)`.
+        retain_logits: Function that computes the retain logits, shape `(..., T)`.
+        seed: Function that takes the next seed, shape `(2,)`, from the stream of the head.
+
+    Returns:
+        Tensor of the shape of `logits`. No entry is 0.
+    """
+    if setting.mode == "softmax":
+        log_p = functional.softmax_log_probabilities(logits)
+    elif setting.mode == "expected":
+        log_p = functional.expected_log_probabilities(logits, retain_logits())
+    elif setting.mode == "exact":
+        log_p = functional.exact_log_probabilities(logits, retain_logits())
+    else:
+        log_p = functional.sampled_log_probabilities(
+            logits, retain_logits(), setting.samples, _not_convertible(seed(), logits)
+        )
+    if setting.temperature != 1.0:
+        log_p = tf.nn.log_softmax(log_p / tf.constant(setting.temperature, log_p.dtype))
+    return tf.minimum(log_p, tf.constant(_LARGEST[log_p.dtype.name], log_p.dtype))
+
+
+def _not_convertible(seed: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """The seed, unchanged, by way of a dtype that converters to ONNX and LiteRT refuse.
+
+    These formats have no random numbers that a seed determines. Without this step, tf2onnx writes
+    a file that no runtime can load, and Keras writes a LiteRT file that needs operations of
+    TensorFlow. With it, both raise.
+    """
+    zero_or_one = tf.cast(tf.cast(logits > 0, tf.int32), tf.qint32)  # tf2onnx refuses qint32.
+    infinite = tf.math.is_inf(tf.cast(zero_or_one, tf.float16))  # LiteRT refuses float16 here.
+    return seed + tf.cast(tf.reduce_any(infinite), seed.dtype)

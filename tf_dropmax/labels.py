@@ -1,0 +1,146 @@
+"""The forms of labels, and the label's entry of a tensor of values.
+
+Sparse labels are class indices, shape `(...)` or `(..., 1)`. Dense labels are one-hot or soft
+rows, shape `(..., T)`. Static dimensions may be unknown: where the static shapes do not decide
+whether labels fit, the shapes are compared at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+
+def at_label(y_true: Any, values: Any, *, name: str) -> tf.Tensor:
+    """The label's entry of `values`; for dense labels the sum over classes, weighted by the label.
+
+    Args:
+        y_true: Labels, shape `(...)`, `(..., 1)` or `(..., T)`.
+        values: Float tensor, shape `(..., T)`.
+        name: String, the caller that error messages name.
+
+    Returns:
+        Tensor of shape `(...)` and the dtype of `values`. If XLA compiles, an invalid sparse
+        label gives NaN. The gradient of the other examples is unaffected.
+
+    Raises:
+        ValueError: If the static shapes do not fit.
+        tf.errors.InvalidArgumentError: If the shapes do not fit at run time, or a sparse label is
+            not a whole number in [0, T). XLA ignores the second check.
+
+    Example:
+
+    >>> from tf_dropmax.labels import at_label
+    >>> at_label([2, 0], [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], name="example").numpy().tolist()
+    [2.0, 3.0]
+    >>> at_label([[0.5, 0.5]], [[2.0, 4.0]], name="example").numpy().tolist()
+    [3.0]
+    """
+    y_true, values = tf.convert_to_tensor(y_true), tf.convert_to_tensor(values)
+    if not are_sparse(y_true, values, name=name):
+        return tf.reduce_sum(label_weights(y_true, values, name=name) * values, axis=-1)
+    labels = _indices(y_true, values, name)
+    index, classes = tf.cast(labels, tf.int32), tf.shape(values)[-1]
+    valid = (index >= 0) & (index < classes) & tf.equal(tf.cast(index, labels.dtype), labels)
+    message = f"{name}: sparse labels must be whole numbers in [0, T), where T is"
+    check = _assertion(tf.reduce_all(valid), [message, classes, "Received: y_true=", labels])
+    with tf.control_dependencies(check):
+        index = tf.where(valid, index, 0)
+        entries = tf.gather(values, index, axis=-1, batch_dims=labels.shape.rank)
+    return tf.where(valid, entries, math.nan)
+
+
+def are_sparse(y_true: tf.Tensor, values: tf.Tensor, *, name: str) -> bool:
+    """Whether labels are sparse, decided by the static shapes.
+
+    Labels of the rank of `values` are sparse if their last dimension is known to be 1. Otherwise
+    they are dense.
+
+    Args:
+        y_true, values, name: As for `at_label`. Both are tensors.
+
+    Returns:
+        Bool.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a rank is unknown.
+
+    Example:
+
+    >>> from tf_dropmax.labels import are_sparse
+    >>> are_sparse(tf.zeros((2, 1)), tf.zeros((2, 3)), name="example")
+    True
+    """
+    labels, predictions = y_true.shape, values.shape
+    if labels.rank is not None and predictions.rank:
+        leading = predictions[:-1]
+        column = leading.concatenate([1])
+        if labels.is_compatible_with(leading):
+            return True
+        if labels.is_compatible_with(column) and labels[-1] == 1:
+            return True
+        if labels.is_compatible_with(predictions):
+            return False
+    received = f"Received: y_true.shape={labels}, y_pred.shape={predictions}"
+    raise ValueError(f"{_shape_message(name)} {received}")
+
+
+def label_weights(y_true: tf.Tensor, values: tf.Tensor, *, name: str) -> tf.Tensor:
+    """Labels as rows: one-hot for sparse labels, unchanged for dense labels.
+
+    Args:
+        y_true, values, name: As for `at_label`. Both are tensors.
+
+    Returns:
+        Tensor of the shape and dtype of `values`. An invalid sparse label gives a row of zeros.
+
+    Raises:
+        ValueError: If the static shapes do not fit.
+        tf.errors.InvalidArgumentError: If the shapes do not fit at run time.
+
+    Example:
+
+    >>> from tf_dropmax.labels import label_weights
+    >>> label_weights(tf.constant([1]), tf.zeros((1, 3)), name="example").numpy().tolist()
+    [[0.0, 1.0, 0.0]]
+    """
+    if are_sparse(y_true, values, name=name):
+        labels = _indices(y_true, values, name)
+        return tf.one_hot(tf.cast(labels, tf.int32), tf.shape(values)[-1], dtype=values.dtype)
+    return tf.cast(_same_shape(y_true, values, name), values.dtype)
+
+
+def _indices(y_true, values, name):
+    """Sparse labels without the last dimension of size 1."""
+    if y_true.shape.rank < values.shape.rank:
+        return _same_shape(y_true, values[..., 0], name)
+    return tf.squeeze(_same_shape(y_true, values[..., :1], name), axis=-1)
+
+
+def _same_shape(labels, values, name):
+    """`labels`, with an error at run time if they would broadcast to `values`."""
+    if labels.shape.is_fully_defined() and values.shape.is_fully_defined():
+        return labels
+    shapes = tf.shape(labels), tf.shape(values)
+    message = [_shape_message(name), "Received: y_true.shape=", shapes[0], "needed:", shapes[1]]
+    checks = _assertion(tf.reduce_all(tf.equal(*shapes)), message)
+    # XLA drops the assertion. It compares the shapes of the summands, which have no elements.
+    empty = [tf.cast(x[tf.newaxis][:0], tf.int32) for x in (labels, values)]
+    checks.append(tf.add_n(empty, name="labels_must_have_the_shape_of_the_predictions"))
+    with tf.control_dependencies(checks):
+        return tf.identity(labels)
+
+
+def _assertion(condition, message):
+    """A list of the assertion. In eager mode the list is empty: the check is already done."""
+    check = tf.debugging.Assert(condition, message)
+    return [] if check is None else [check]
+
+
+def _shape_message(name):
+    return (
+        f"{name}: Labels must have the shape of the predictions (one-hot or soft), or that shape "
+        "without the last dimension, or with a static last dimension of 1 (sparse)."
+    )

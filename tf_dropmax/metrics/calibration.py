@@ -1,0 +1,176 @@
+"""The expected calibration error, and the reliability of the predictions bin by bin."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dropmax.checks import check_boolean, check_one_of, check_positive_int
+from tf_dropmax.labels import at_label
+from tf_dropmax.metrics.probabilities import to_probabilities
+
+# For bins of equal weight: cells of equal width in the log-odds of the confidence, from -16 to 16,
+# where float32 ends.
+_CELLS = 2048
+
+
+class Reliability(NamedTuple):
+    """The result of `ExpectedCalibrationError.reliability`, one entry for each bin.
+
+    Attributes:
+        weight: NumPy float64 array, the sum of the sample weights. Without sample weights it is
+            the number of examples.
+        confidence: NumPy float64 array, the weighted mean of the largest probability. NaN in an
+            empty bin.
+        accuracy: NumPy float64 array, the weighted share of right predictions. NaN in an empty
+            bin.
+    """
+
+    weight: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+
+@keras.saving.register_keras_serializable("tf_dropmax")
+class ExpectedCalibrationError(keras.metrics.Metric):
+    """Expected calibration error: mean of `|confidence - accuracy|` over bins of the confidence.
+
+    The confidence is the largest probability. Every bin counts with the weight of its examples.
+
+    With `binning="width"` bin b holds the confidences in `[b, b + 1) / bins`, and the last bin
+    also holds 1. With `binning="mass"` every bin holds the same weight, so its ends are known only
+    after the last batch. The metric therefore keeps a histogram of 2048 cells, of width 1/64 in
+    the log-odds of the confidence. If a bin ends inside a cell, the examples of this cell are
+    divided as if they were equal. The error is at most 0.51 times the share of the examples in the
+    cell, for each of the `bins - 1` ends. It is 0 if the examples in the cell are equal.
+
+    The result does not depend on the batch size. For a `DropMaxHead` only the values of validation
+    have a meaning: in training the head returns scores, not log-probabilities.
+
+    Args:
+        bins: Positive int. Defaults to 15.
+        binning: `"width"` or `"mass"`. Defaults to `"width"`.
+        from_logits: Bool. `True`: `y_pred` are log-probabilities or any logits. `False`: they are
+            probabilities. Defaults to `True`.
+        name: String. Defaults to `"expected_calibration_error"`.
+        dtype: As for every Keras metric. Defaults to `None`.
+
+    Shapes:
+        As for `NegativeLogLikelihood`.
+
+    Raises:
+        ValueError, TypeError, tf.errors.InvalidArgumentError: As for `NegativeLogLikelihood`.
+
+    Example:
+
+    >>> metric = tf_dropmax.ExpectedCalibrationError(from_logits=False)
+    >>> p = [[0.9, 0.1], [0.7, 0.3]]
+    >>> round(float(metric([0, 1], p)), 4)  # right with 0.9, wrong with 0.7
+    0.4
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, ICML 2017, arXiv:1706.04599.
+    """
+
+    def __init__(
+        self,
+        bins: int = 15,
+        binning: str = "width",
+        from_logits: bool = True,
+        name: str = "expected_calibration_error",
+        dtype: Any = None,
+    ):
+        super().__init__(name=name, dtype=dtype)
+        self.bins = check_positive_int("bins", bins)
+        self.binning = check_one_of("binning", binning, ("width", "mass"))
+        self.from_logits = check_boolean("from_logits", from_logits)
+        # For each cell the sums of weight, weight * confidence and weight * accuracy. In float64
+        # the order of the batches does not change the result by rounding.
+        self._cells = self.bins if binning == "width" else _CELLS
+        self._sums = self.add_variable((self._cells, 3), "zeros", dtype="float64", name="sums")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Adds a batch.
+
+        Args:
+            y_true: Labels.
+            y_pred: Float tensor, shape `(batch, ..., T)`.
+            sample_weight: `None` or float tensor, shape `(batch,)`, `(batch, ...)`, or the same
+                with a last dimension of 1. Defaults to `None`.
+        """
+        mask = getattr(y_pred, "_keras_mask", None)
+        p = to_probabilities(y_pred, self.from_logits, name=type(self).__name__)
+        confidence = tf.cast(tf.reduce_max(p, axis=-1), tf.float64)
+        predicted = tf.one_hot(tf.argmax(p, axis=-1), tf.shape(p)[-1], dtype=tf.float64)
+        right = at_label(y_true, predicted, name=type(self).__name__)
+        weight = tf.ones_like(confidence)
+        for factor in (sample_weight, mask):
+            if factor is not None:
+                weight *= _of_rank(tf.cast(factor, tf.float64), confidence.shape.rank)
+        parts = tf.stack([weight, weight * confidence, weight * right], axis=-1)
+        cell = tf.reshape(self._cell(confidence), [-1])
+        sums = tf.math.unsorted_segment_sum(tf.reshape(parts, [-1, 3]), cell, self._cells)
+        self._sums.assign_add(sums)
+
+    def _cell(self, confidence):
+        position = confidence
+        if self.binning == "mass":
+            position = (tf.math.log(confidence) - tf.math.log1p(-confidence)) / 32 + 0.5
+        cell = tf.math.floor(tf.clip_by_value(position, 0, 1) * self._cells)
+        # A NaN gets into one of the cells, and the result is NaN.
+        return tf.clip_by_value(tf.cast(cell, tf.int32), 0, self._cells - 1)
+
+    def result(self) -> tf.Tensor:
+        """The calibration error of all batches, a scalar tensor; 0 before the first batch."""
+        weight, confidence, right = tf.unstack(self._bin_sums(), axis=-1)
+        gap = tf.reduce_sum(tf.abs(confidence - right))
+        return tf.cast(tf.math.divide_no_nan(gap, tf.reduce_sum(weight)), self.dtype)
+
+    def reliability(self) -> Reliability:
+        """Weight, confidence and accuracy of every bin, as `result` uses them.
+
+        Call it eagerly, after `update_state`, or after `evaluate` on a metric that the model was
+        compiled with.
+
+        Returns:
+            A `Reliability` of three NumPy float64 arrays, shape `(bins,)`. Confidence and accuracy
+            are NaN in an empty bin.
+
+        Example:
+
+        >>> metric = tf_dropmax.ExpectedCalibrationError(bins=2, from_logits=False)
+        >>> metric.update_state([0, 1], [[0.875, 0.125], [0.625, 0.375]])
+        >>> weight, confidence, accuracy = metric.reliability()
+        >>> weight.tolist(), confidence.tolist(), accuracy.tolist()
+        ([0.0, 2.0], [nan, 0.75], [nan, 0.5])
+        """
+        weight, confidence, right = self._bin_sums().numpy().T
+        with np.errstate(invalid="ignore"):
+            return Reliability(weight, confidence / weight, right / weight)
+
+    def _bin_sums(self):
+        """For each bin the sums of weight, weight * confidence and weight * accuracy."""
+        sums = tf.convert_to_tensor(self._sums)
+        if self.binning == "width":
+            return sums
+        weight = sums[:, 0]
+        share = tf.linspace(tf.constant(0.0, tf.float64), 1.0, self.bins + 1)
+        ends = tf.reduce_sum(weight) * share[:, tf.newaxis]
+        # The part of each cell that is below each end, shape (bins + 1, cells).
+        below = tf.math.divide_no_nan(ends - tf.cumsum(weight, exclusive=True), weight)
+        below = tf.clip_by_value(below, 0, 1)
+        return tf.matmul(below[1:] - below[:-1], sums)
+
+    def get_config(self) -> dict[str, Any]:
+        config = {"bins": self.bins, "binning": self.binning, "from_logits": self.from_logits}
+        return {**super().get_config(), **config}
+
+
+def _of_rank(x, rank):
+    """Weights of shape `(batch,)`, `(batch, 1)`, ... in the rank of the values that they weigh."""
+    if x.shape.rank > rank:
+        return tf.squeeze(x, axis=-1)
+    return tf.reshape(x, tf.concat([tf.shape(x), tf.ones([rank - x.shape.rank], tf.int32)], 0))

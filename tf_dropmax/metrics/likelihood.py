@@ -1,0 +1,117 @@
+"""Proper scores of predicted probabilities: the likelihood of the label, and the Brier score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_dropmax.checks import check_boolean
+from tf_dropmax.functional.numerics import tiny, to_float
+from tf_dropmax.labels import at_label
+from tf_dropmax.metrics.probabilities import to_probabilities
+
+
+class _ProbabilityMean(keras.metrics.MeanMetricWrapper):
+    """Mean of `function(y_true, y_pred, from_logits)` over the examples."""
+
+    def __init__(self, function: Callable, from_logits: bool, name: str, dtype: Any):
+        self.from_logits = check_boolean("from_logits", from_logits)
+        super().__init__(function, name, dtype, from_logits=self.from_logits)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "from_logits": self.from_logits}
+
+
+@keras.saving.register_keras_serializable("tf_dropmax")
+class NegativeLogLikelihood(_ProbabilityMean):
+    """Mean of `-log p(label)`, in nats.
+
+    `val_loss` of `DropMaxLoss` is the same plus the regularisers that Keras adds. This metric
+    also takes plain logits and probabilities. For a `DropMaxHead` only the values of validation
+    have a meaning: in training the head returns scores, not log-probabilities.
+
+    Args:
+        from_logits: Bool. `True`: `y_pred` are log-probabilities or any logits. `False`: they are
+            probabilities, and a probability below the smallest normal number (1.2e-38 in
+            float32) counts as that number. Defaults to `True`.
+        name: String. Defaults to `"negative_log_likelihood"`.
+        dtype: As for every Keras metric. Defaults to `None`.
+
+    Shapes:
+        y_pred: `(batch, ..., T)`.
+        y_true: `(batch, ...)` or `(batch, ..., 1)` for sparse labels, `(batch, ..., T)` for
+            one-hot or soft labels.
+
+    Raises:
+        ValueError, TypeError: If an argument is not as above, or the static shape of the labels
+            does not fit.
+        tf.errors.InvalidArgumentError: If the shape of the labels does not fit at run time, a
+            sparse label is not a whole number in [0, T), or a probability is outside [0, 1]. XLA
+            checks only the shape; an invalid label then gives NaN.
+
+    Example:
+
+    >>> metric = tf_dropmax.NegativeLogLikelihood(from_logits=False)
+    >>> round(float(metric([0], [[0.5, 0.25, 0.25]])), 4)
+    0.6931
+    """
+
+    def __init__(
+        self, from_logits: bool = True, name: str = "negative_log_likelihood", dtype: Any = None
+    ):
+        super().__init__(_negative_log_likelihood, from_logits, name, dtype)
+
+
+@keras.saving.register_keras_serializable("tf_dropmax")
+class BrierScore(_ProbabilityMean):
+    """Brier score: mean of `sum_t (p_t - y_t)^2`, where `y` is the one-hot label.
+
+    The score is between 0 and 2. For a `DropMaxHead` only the values of validation have a
+    meaning: in training the head returns scores, not log-probabilities.
+
+    Args:
+        from_logits: Bool. `True`: `y_pred` are log-probabilities or any logits. `False`: they are
+            probabilities. Defaults to `True`.
+        name: String. Defaults to `"brier_score"`.
+        dtype: As for every Keras metric. Defaults to `None`.
+
+    Shapes:
+        As for `NegativeLogLikelihood`.
+
+    Raises:
+        ValueError, TypeError, tf.errors.InvalidArgumentError: As for `NegativeLogLikelihood`.
+
+    Example:
+
+    >>> metric = tf_dropmax.BrierScore(from_logits=False)
+    >>> float(metric([0], [[0.5, 0.25, 0.25]]))
+    0.375
+
+    References:
+        Brier, Verification of Forecasts Expressed in Terms of Probability, 1950.
+    """
+
+    def __init__(self, from_logits: bool = True, name: str = "brier_score", dtype: Any = None):
+        super().__init__(_brier_score, from_logits, name, dtype)
+
+
+def _negative_log_likelihood(y_true, y_pred, from_logits):
+    name = "NegativeLogLikelihood"
+    if from_logits:
+        log_p = tf.nn.log_softmax(to_float(y_pred))
+    else:
+        p = to_probabilities(y_pred, from_logits, name=name)
+        log_p = tf.math.log(tf.maximum(p, tiny(p)))
+    return -at_label(y_true, log_p, name=name)
+
+
+def _brier_score(y_true, y_pred, from_logits):
+    name = "BrierScore"
+    # In float64 nothing cancels in the difference.
+    p = tf.cast(to_probabilities(y_pred, from_logits, name=name), tf.float64)
+    # The score of every class if it were the label.
+    scores = tf.reduce_sum(p * p, axis=-1, keepdims=True) - 2 * p + 1
+    return at_label(y_true, scores, name=name)

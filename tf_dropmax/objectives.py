@@ -1,0 +1,140 @@
+"""The training objective of each variant of the head.
+
+An objective is a small object with a tuple `branches`, the names of the weights that it needs
+besides the kernel and bias of the logits, and a method `scores_and_entropy`. It returns the score
+of every class if that class were the target, and the sum of the mask entropies, or `None` if
+there is no entropy term. The loss of an example is minus the score of its label minus
+`entropy_weight` times that sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import tensorflow as tf
+
+from tf_dropmax import functional
+
+_FULL_WEIGHT_CLASSES = 30
+
+
+def class_scale(units: int) -> float:
+    """Factor of the default weights of terms that are sums over classes: `min(1, 30 / units)`."""
+    return min(1.0, _FULL_WEIGHT_CLASSES / units)
+
+
+def default_entropy_weight(units: int) -> float:
+    """The default `entropy_weight` of a head."""
+    return class_scale(units)
+
+
+def default_auxiliary_weight(units: int) -> float:
+    """The default `auxiliary_weight` of a head."""
+    return 0.1 * class_scale(units)
+
+
+class TrainingStep(NamedTuple):
+    """What an objective may use.
+
+    Attributes:
+        logits: Tensor, shape `(..., T)`.
+        branch: Function from the name of a branch to its logits, shape `(..., T)`.
+        uniform: Function without arguments that draws a tensor of the shape of the logits.
+        entropy_weight, temperature, auxiliary_weight: Scalar tensors.
+    """
+
+    logits: tf.Tensor
+    branch: Callable[[str], tf.Tensor]
+    uniform: Callable[[], tf.Tensor]
+    entropy_weight: tf.Tensor
+    temperature: tf.Tensor
+    auxiliary_weight: tf.Tensor
+
+
+class Objective(Protocol):
+    """The hook of a variant."""
+
+    @property
+    def branches(self) -> tuple[str, ...]: ...
+
+    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor | None]: ...
+
+
+class RandomMasks:
+    """Random DropMax: hard Bernoulli masks with a fixed retain probability."""
+
+    branches: tuple[str, ...] = ()
+
+    def __init__(self, retain_probability: float):
+        self.retain_probability = retain_probability
+
+    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, None]:
+        masks = functional.bernoulli_mask_logits(self.retain_probability, step.uniform())
+        return functional.target_log_likelihood(step.logits, masks), None
+
+
+class PriorMasks:
+    """Adaptive DropMax, eq. (15): relaxed masks from the prior (9)."""
+
+    branches = ("retain",)
+
+    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
+        retain_logits = step.branch("retain")
+        masks = functional.relaxed_mask_logits(retain_logits, step.uniform(), step.temperature)
+        return functional.prior_scores_and_entropy(
+            step.logits, retain_logits, masks, step.entropy_weight
+        )
+
+
+class PriorMeans:
+    """Deterministic attention: eq. (18) with the entropy term. There is no KL divergence."""
+
+    branches = ("retain",)
+
+    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
+        retain_logits = step.branch("retain")
+        entropy = functional.mask_entropy(retain_logits)
+        log_p = functional.expected_log_probabilities(step.logits, retain_logits)
+        return log_p - step.entropy_weight * entropy, tf.reduce_sum(entropy, axis=-1)
+
+
+class LabelMasks:
+    """The label posterior (NeurIPS 2018), with relaxed masks or with their means.
+
+    Args:
+        stochastic: Bool. `False` replaces every mask by the posterior retain probability.
+    """
+
+    branches = ("retain", "auxiliary")
+
+    def __init__(self, stochastic: bool):
+        self.stochastic = stochastic
+
+    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
+        retain_logits, auxiliary_logits = step.branch("retain"), step.branch("auxiliary")
+        masks = functional.posterior_logits(retain_logits, auxiliary_logits)
+        if self.stochastic:
+            masks = functional.relaxed_mask_logits(masks, step.uniform(), step.temperature)
+        return functional.label_scores_and_entropy(
+            step.logits, retain_logits, auxiliary_logits, masks, step.auxiliary_weight
+        )
+
+
+def objective_of(retain_probability: float | None, stochastic: bool, posterior: str) -> Objective:
+    """The objective that the arguments of `DropMaxHead` describe.
+
+    Raises:
+        ValueError: If the arguments exclude each other.
+    """
+    if retain_probability is not None:
+        if not stochastic or posterior != "prior":
+            raise ValueError(
+                "A fixed `retain_probability` needs masks from the prior, `stochastic=True` and "
+                f"`posterior='prior'`. Received: retain_probability={retain_probability}, "
+                f"stochastic={stochastic}, posterior={posterior!r}"
+            )
+        return RandomMasks(retain_probability)
+    if posterior == "label":
+        return LabelMasks(stochastic)
+    return PriorMasks() if stochastic else PriorMeans()
