@@ -1,25 +1,37 @@
-# Everything is installed into .venv; all that is needed beforehand is Python (3.10 or newer, with venv) and make.
+# Everything is installed into .venv. All that is needed beforehand is make and Python (3.10 or
+# newer, with venv).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-long test-oldest test-newest api notebooks format clean
+.PHONY: demo check test test-long test-oldest test-newest api notebooks format clean
 
 demo: $(VENV)/installed-experiments
 	$(BIN)/python -m tf_dropmax.experiments demo $(ARGS)
 
+# Style, types and the fast unit tests.
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto -m "not long and not slow" tests/unit $(ARGS)
+
+# Everything that a change can break.
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto -m "not long" $(ARGS)
 
-# What takes too long for every day: hundreds of other examples of each property, twenty kills.
+# What takes long: kills, several processes, notebooks, hundreds of examples of each property.
 test-long: export HYPOTHESIS_PROFILE = long
 test-long: export TF_DROPMAX_KILLS = 20
-test-long: test
+test-long: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto -m long $(ARGS)
 
-# The same with the oldest dependencies that setup.cfg admits, its lower bounds, and with the newest that there are now.
+# The same with the oldest dependencies that setup.cfg admits, its lower bounds, and with the
+# newest that there are now.
 test-oldest: .venv-oldest/constraints.txt
 	PIP_CONSTRAINT='$(CURDIR)/$<' $(MAKE) test VENV=.venv-oldest
 
@@ -32,13 +44,13 @@ test-newest:
 	mkdir .venv-oldest
 	sed -n 's/^ *\([a-z-]*\)\(\[[a-z]*\]\)\{0,1\}>=\([0-9.]*\)$$/\1==\3/p' $< > $@
 
-# The reference of all that is public, as web pages in build/api.
+# The API reference, as web pages in build/api.
 api: $(VENV)/installed-test
 	$(BIN)/pdoc --docformat google --output-directory build/api tf_dropmax tf_dropmax.plots tf_dropmax.tuning
 
-# Runs the notebooks and stores what they show in them.
+# Runs the notebooks and stores their outputs.
 notebooks: $(VENV)/installed-test
-	TF_DROPMAX_STORE_NOTEBOOKS=1 $(BIN)/python -m pytest -n auto tests/test_notebooks.py
+	TF_DROPMAX_STORE_NOTEBOOKS=1 $(BIN)/python -m pytest -n auto -m long tests/integration/test_notebooks.py
 	$(BIN)/ruff format notebooks
 
 format: $(VENV)/installed-test

@@ -1,4 +1,7 @@
-"""tf.distribute.MirroredStrategy over two logical CPUs (see conftest.py); several processes on loopback (see workers.py)."""
+"""`MirroredStrategy` over two logical CPUs (see conftest.py), and several processes.
+
+The processes run programs of workers.py and talk over loopback.
+"""
 
 import json
 import os
@@ -13,13 +16,13 @@ import pytest
 import tensorflow as tf
 
 import tf_dropmax
-from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, functional
+from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, functional, set_predict_mode
 from tf_dropmax.seeds import next_seed
 
 
 @pytest.fixture(scope="module")
 def strategy():
-    # One for all tests: the collective operations of a second one would take those of the first for their own.
+    # One for all tests: the collective operations of two strategies would mix.
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
@@ -29,7 +32,7 @@ def build(**kwargs):
     return model
 
 
-def test_replicas_draw_masks_of_their_own(strategy):
+def test_replicas_draw_different_masks(strategy):
     with strategy.scope():
         head = DropMaxHead(50, seed=1)
         head.build((None, 3))
@@ -39,11 +42,14 @@ def test_replicas_draw_masks_of_their_own(strategy):
     def outputs(training):
         return strategy.run(lambda: head(features, training=training))
 
+    def uniform():
+        return functional.uniform_draws((10_000,), next_seed(head._train_seeds))
+
     @tf.function
     def draws():
-        return strategy.run(lambda: functional.uniform((10_000,), next_seed(head._train_seeds)))
+        return strategy.run(uniform)
 
-    head.predict_mode = "sampled"
+    set_predict_mode(head, "sampled")
     for call in [lambda: outputs(True), lambda: outputs(False), draws]:
         one, other = (value.numpy() for value in strategy.experimental_local_results(call()))
         again, _ = (value.numpy() for value in strategy.experimental_local_results(call()))
@@ -53,19 +59,22 @@ def test_replicas_draw_masks_of_their_own(strategy):
 
 
 def test_the_gradient_is_that_of_one_device_on_the_joined_batch(strategy, blobs):
-    """Exactly so without masks; the entropy term is scaled like the loss."""
+    """Without masks, which differ between replicas. The entropy term is scaled like the loss."""
     x, y = blobs
     with strategy.scope():
         model = build(stochastic=False, entropy_weight=2.0)
     single = build(stochastic=False, entropy_weight=2.0)
-    histories = [m.fit(x, y, batch_size=40, epochs=3, shuffle=False, verbose=0).history for m in (model, single)]
+    histories = [
+        m.fit(x, y, batch_size=40, epochs=3, shuffle=False, verbose=0).history
+        for m in (model, single)
+    ]
     np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], rtol=1e-5)
     for one, other in zip(model.get_weights(), single.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_a_replica_without_examples(strategy, blobs):
-    """33 rows in batches of 32: the last batch has one row, and one replica has none."""
+    """The last of 33 rows is a batch of its own, of which one replica gets nothing."""
     x, y = blobs
     with strategy.scope():
         model = build(stochastic=False)
@@ -79,14 +88,17 @@ def test_other_heads_train(strategy, blobs, settings):
     x, y = blobs
     with strategy.scope():
         model = build(**settings)
-    assert model.fit(x, y, batch_size=32, epochs=10, verbose=0).history["accuracy"][-1] > 0.8
+    history = model.fit(x, y, batch_size=32, epochs=10, shuffle=False, verbose=0).history
+    assert history["accuracy"][-1] > 0.8
 
 
 def test_fit_evaluate_predict_in_all_modes(strategy, blobs):
     x, y = blobs
     with strategy.scope():
         model = build()
-    model.fit(x, y, batch_size=32, epochs=10, validation_data=(x, y), callbacks=[DropMaxPredict("sampled")], verbose=0)
+    callbacks = [DropMaxPredict("sampled")]
+    settings = {"batch_size": 32, "epochs": 10, "shuffle": False, "verbose": 0}
+    model.fit(x, y, validation_data=(x, y), callbacks=callbacks, **settings)
     single = build()
     single.set_weights(model.get_weights())
     for mode in ["expected", "exact", "softmax"]:
@@ -95,8 +107,14 @@ def test_fit_evaluate_predict_in_all_modes(strategy, blobs):
         np.testing.assert_allclose(one, other, atol=1e-5)
         one, other = (m.evaluate(x, y, callbacks=callbacks, verbose=0) for m in (model, single))
         np.testing.assert_allclose(one, other, rtol=1e-4)
-    p = np.exp(model.predict(x, callbacks=[DropMaxPredict("sampled", samples=200)], verbose=0))
-    np.testing.assert_allclose(p, np.exp(single.predict(x, callbacks=[DropMaxPredict("exact")], verbose=0)), atol=0.25)
+    p, exact = (
+        np.exp(each.predict(x, callbacks=[callback], verbose=0))
+        for each, callback in [
+            (model, DropMaxPredict("sampled", samples=200)),
+            (single, DropMaxPredict("exact")),
+        ]
+    )
+    np.testing.assert_allclose(p, exact, atol=0.25)
     assert np.mean(p.argmax(-1) != y) < 0.1
 
 
@@ -110,15 +128,14 @@ def free_ports(count):
 
 @pytest.fixture
 def start():
-    """Starts a program of workers.py; none outlives the test."""
+    """Starts a program of workers.py, which ends with the test."""
     processes = []
 
     def start(program, folder, **environment):
         command = [sys.executable, str(Path(__file__).parent / "workers.py"), program, str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        )
+        output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, **output))
         return processes[-1]
 
     yield start
@@ -129,7 +146,10 @@ def start():
 
 def start_workers(start, folder):
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    configs = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}} for index in (0, 1)]
+    configs = [
+        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        for index in (0, 1)
+    ]
     return [start("multi_worker", folder, TF_CONFIG=json.dumps(config)) for config in configs]
 
 
@@ -143,53 +163,57 @@ def results(folder):
     return [json.loads((folder / f"result-{index}.json").read_text()) for index in (0, 1)]
 
 
-def test_two_workers_are_one_process_on_the_joined_batch_and_survive_a_loss(tmp_path, start):
+def test_two_workers_equal_one_process_and_resume_after_a_loss(tmp_path, start):
     for name in ("single", "whole", "lost"):
         (tmp_path / name).mkdir()
     succeed(start("multi_worker", tmp_path / "single"), *start_workers(start, tmp_path / "whole"))
     single = json.loads((tmp_path / "single" / "result-0.json").read_text())
     one, other = results(tmp_path / "whole")
-    assert one == other  # weights and history, to the last digit
-    assert one["deterministic"]["rows"] == 64
-    for key, values in single["deterministic"]["history"].items():
-        np.testing.assert_allclose(one["deterministic"]["history"][key], values, rtol=1e-4)
-    for weight, expected in zip(one["deterministic"]["weights"], single["deterministic"]["weights"], strict=True):
+    assert one == other  # Weights and history are equal to the last digit.
+    joined, whole = single["deterministic"], one["deterministic"]
+    assert whole["rows"] == 64
+    for key, values in joined["history"].items():
+        np.testing.assert_allclose(whole["history"][key], values, rtol=1e-4)
+    for weight, expected in zip(whole["weights"], joined["weights"], strict=True):
         np.testing.assert_allclose(weight, expected, atol=1e-5)
-    assert one["stochastic"]["history"]["loss"] != single["stochastic"]["history"]["loss"]  # masks of their own
-    assert one["stochastic"]["history"]["val_accuracy"][-1] > 0.8
+    history = one["stochastic"]["history"]
+    assert history["loss"] != single["stochastic"]["history"]["loss"]  # The masks differ.
+    assert history["val_accuracy"][-1] > 0.8
 
     (tmp_path / "lost" / "kill-1").touch()
     survivor, lost = start_workers(start, tmp_path / "lost")
     assert lost.wait(timeout=180) == -9
     survivor.communicate(timeout=180)
-    assert survivor.returncode != 0, "a worker alone must not go on as if nothing had happened"
+    assert survivor.returncode != 0, "a single worker must not continue"
     succeed(*start_workers(start, tmp_path / "lost"))
     again, _ = results(tmp_path / "lost")
     assert again["deterministic"]["steps"] == 24
-    for weight, expected in zip(again["deterministic"]["weights"], one["deterministic"]["weights"], strict=True):
+    for weight, expected in zip(again["deterministic"]["weights"], whole["weights"], strict=True):
         np.testing.assert_allclose(weight, expected, atol=1e-6)
 
 
-def test_multi_worker_leaves_everything_as_it_was(strategy):
+def test_multi_worker_changes_nothing_under_another_strategy(strategy):
     with strategy.scope():
         model = build()
     before = dict(vars(model))
     with tf_dropmax.multi_worker(model) as same:
         assert same is model
     assert vars(model) == before
-    with pytest.raises(ValueError, match="Expected a Keras model"), tf_dropmax.multi_worker("model"):
-        pass
+    with pytest.raises(ValueError, match="Expected a Keras model"):
+        tf_dropmax.multi_worker("model").__enter__()
 
 
 def test_keras_tuner_over_two_workers(tmp_path, start):
     (port,) = free_ports(1)
     oracle = {"KERASTUNER_ORACLE_IP": "127.0.0.1", "KERASTUNER_ORACLE_PORT": str(port)}
     start("tuner", tmp_path, KERASTUNER_TUNER_ID="chief", **oracle)
-    succeed(*(start("tuner", tmp_path, KERASTUNER_TUNER_ID=name, **oracle) for name in ("one", "two")))
-    trials = [json.loads(path.read_text()) for path in (tmp_path / "search").glob("trial_*/trial.json")]
+    names = ("one", "two")
+    succeed(*(start("tuner", tmp_path, KERASTUNER_TUNER_ID=name, **oracle) for name in names))
+    paths = (tmp_path / "search").glob("trial_*/trial.json")
+    trials = [json.loads(path.read_text()) for path in paths]
     assert len(trials) == 6
     assert all(trial["status"] == "COMPLETED" for trial in trials)
     values = [trial["hyperparameters"]["values"]["entropy_weight"] for trial in trials]
     assert len(set(values)) == 6
-    best = [json.loads((tmp_path / f"best-{name}.json").read_text()) for name in ("one", "two")]
+    best = [json.loads((tmp_path / f"best-{name}.json").read_text()) for name in names]
     assert set(best) <= set(values)

@@ -554,7 +554,7 @@ def test_no_log_probability_is_zero():
             sure = tf.constant([[90.0, -90.0, -90.0, 50.0, 50.0, 50.0]], dtype)
             log_p = head(sure).numpy()
             assert log_p.max() == pytest.approx(largest, rel=1e-6)
-    assert np.float32(1) > np.exp(np.float32(-(2.0**-24))) == np.nextafter(np.float32(1), 0)
+    assert np.float32(1) > np.exp(np.float32(-(2.0**-24))) == np.nextafter(np.float32(1), np.float32(0))
 
 
 def test_outputs_of_a_second_call(rng):

@@ -14,7 +14,6 @@ from tf_dropmax.experiments.cli import main
 from tf_dropmax.experiments.errors import UserError
 from tf_dropmax.experiments.systems import SYSTEMS
 
-
 JOB = {"column": "digits", "protocol": "small", "iterations": 24, "seed": 0, "phase": "final"}
 
 
@@ -168,9 +167,8 @@ def test_the_table_has_medians_means_and_spreads():
 def test_table1_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     output = tmp_path / "digits.jsonl"
-    digits = "table1 --column digits --protocol small --iterations 12 --workers 1".split()
-    command = [*digits, *"--methods base adaptive --seeds 2 --budget 2 --output".split()]
-    command.append(str(output))
+    digits = "table1 --column digits --protocol small --iterations 12 --workers 1"
+    command = f"{digits} --methods base adaptive --seeds 2 --budget 2 --output {output}".split()
     assert main(command) == 0
     records = list(runner.read(output).values())
     assert len(records) == 2 * 2 + 2 * 2
@@ -194,11 +192,11 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
     assert main([*curves, "label"]) == 1
     assert "no final runs of label" in capsys.readouterr().err
     ablation = tmp_path / "ablation.jsonl"
-    command = [*digits, *"--systems parts --budget 1 --seeds 1 --methods kl masks".split()]
-    assert main([*command, "--output", str(ablation)]) == 0
+    command = f"{digits} --output {ablation} --systems parts --budget 1 --seeds 1 --methods".split()
+    assert main([*command, "kl", "masks"]) == 0
     phases = [record["job"]["phase"] for record in runner.read(ablation).values()]
     assert phases == ["final", "final"]
-    assert main([*command, "--methods", "focal"]) == 1
+    assert main([*command, "focal"]) == 1
     assert "kl+entropy" in capsys.readouterr().err
     monkeypatch.delenv("TF_DROPMAX_DATA", raising=False)
     assert main(["table1", "--column", "omniglot-242"]) == 1

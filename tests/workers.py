@@ -1,4 +1,4 @@
-"""Programs that the tests start in processes of their own: `python workers.py PROGRAM FOLDER`."""
+"""Programs that tests start in new processes: `python workers.py PROGRAM FOLDER`."""
 
 import json
 import os
@@ -32,12 +32,14 @@ def model(**kwargs):
 
 
 def multi_worker():
-    """Trains the head with and without masks, in a folder `lost` only without.
+    """Trains the head with and without masks. In a folder `lost` it trains only without masks.
 
-    Ends itself in the midst of an epoch if there is a file `kill-INDEX`.
+    It kills itself during an epoch if there is a file `kill-INDEX`.
     """
-    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"] if "TF_CONFIG" in os.environ else 0
-    strategy = tf.distribute.MultiWorkerMirroredStrategy() if "TF_CONFIG" in os.environ else tf.distribute.get_strategy()
+    index, strategy = 0, tf.distribute.get_strategy()
+    if "TF_CONFIG" in os.environ:
+        index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
     batches = tf.data.Dataset.from_tensor_slices(data()).batch(16)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
@@ -51,7 +53,8 @@ def multi_worker():
 
         def end(batch, logs, index=index, head=head):
             kill = FOLDER / f"kill-{index}"
-            if kill.exists() and int(head.optimizer.iterations.numpy()) == 10:  # the third epoch of 4 steps
+            # Step 10 is in the third epoch of 4 steps.
+            if kill.exists() and int(head.optimizer.iterations.numpy()) == 10:
                 kill.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -60,7 +63,9 @@ def multi_worker():
             keras.callbacks.BackupAndRestore(FOLDER / f"{name}-{index}", double_checkpoint=True),
         ]
         with tf_dropmax.multi_worker(head):
-            history = head.fit(batches, epochs=6, validation_data=batches, verbose=0, callbacks=callbacks).history
+            history = head.fit(
+                batches, epochs=6, validation_data=batches, verbose=0, callbacks=callbacks
+            ).history
             p = np.exp(head.predict(batches, verbose=0))
         result[name] = {
             "history": history,
@@ -72,43 +77,54 @@ def multi_worker():
 
 
 def killed():
-    """A training of 240 steps that backs itself up after every epoch, slow enough to be killed in the midst."""
+    """Trains 240 slow steps, with a backup after every epoch."""
     head = model()
     callbacks = [
         keras.callbacks.LambdaCallback(
-            on_train_begin=lambda logs: (FOLDER / "begun").touch(), on_train_batch_end=lambda batch, logs: time.sleep(0.01)
+            on_train_begin=lambda logs: (FOLDER / "begun").touch(),
+            on_train_batch_end=lambda batch, logs: time.sleep(0.01),
         ),
         keras.callbacks.ModelCheckpoint(FOLDER / "last.keras"),
         keras.callbacks.BackupAndRestore(FOLDER / "backup", double_checkpoint=True),
     ]
     head.fit(*data(), batch_size=16, epochs=60, shuffle=False, verbose=0, callbacks=callbacks)
-    result = {"steps": int(head.optimizer.iterations.numpy()), "weights": [weight.tolist() for weight in head.get_weights()]}
+    result = {
+        "steps": int(head.optimizer.iterations.numpy()),
+        "weights": [weight.tolist() for weight in head.get_weights()],
+    }
     (FOLDER / "result.json").write_text(json.dumps(result))
 
 
 def tuner():
-    """One process of a distributed search for lambda; the environment says which."""
+    """One process of a distributed search for `entropy_weight`. The environment says which."""
     (x, y), name = data(), os.environ["KERASTUNER_TUNER_ID"]
 
     def build(hp):
         return model(entropy_weight=hp.Float("entropy_weight", 0.01, 10.0, sampling="log"))
 
-    search = keras_tuner.RandomSearch(build, "val_accuracy", max_trials=6, seed=1, directory=FOLDER, project_name="search")
+    search = keras_tuner.RandomSearch(
+        build, "val_accuracy", max_trials=6, seed=1, directory=FOLDER, project_name="search"
+    )
     search.search(x[:48], y[:48], validation_data=(x[48:], y[48:]), epochs=2, verbose=0)
     best = search.get_best_hyperparameters()[0].get("entropy_weight")
     (FOLDER / f"best-{name}.json").write_text(json.dumps(best))
 
 
 def search():
-    """A search for lambda that goes on where it was; ends itself in the midst of its second trial if there is a file `kill`."""
-    tf.config.run_functions_eagerly(True)  # to trace them would take longer
+    """A search for `entropy_weight` that can be resumed.
+
+    It kills itself during its second trial if there is a file `kill`.
+    """
+    tf.config.run_functions_eagerly(True)  # Tracing takes longer.
     x, y = data()
 
     def features(hp):
         return keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, "relu")])
 
     hypermodel = tuning.DropMaxHyperModel(features, 3)
-    tuner = keras_tuner.RandomSearch(hypermodel, hypermodel.objective, max_trials=3, directory=FOLDER, project_name="search")
+    tuner = keras_tuner.RandomSearch(
+        hypermodel, hypermodel.objective, max_trials=3, directory=FOLDER, project_name="search"
+    )
 
     def end(batch, logs):
         kill = FOLDER / "kill"
@@ -130,4 +146,4 @@ def search():
 
 
 if __name__ == "__main__":
-    {"multi_worker": multi_worker, "killed": killed, "search": search, "tuner": tuner}[sys.argv[1]]()
+    globals()[sys.argv[1]]()

@@ -120,13 +120,13 @@ def _indices(y_true, values, name):
 
 
 def _same_shape(labels, values, name):
-    """`labels`, with an error at run time if they would broadcast to `values`."""
+    """`labels`, after a check that their shape at run time is that of `values`."""
     if labels.shape.is_fully_defined() and values.shape.is_fully_defined():
         return labels
     shapes = tf.shape(labels), tf.shape(values)
     message = [_shape_message(name), "Received: y_true.shape=", shapes[0], "needed:", shapes[1]]
     checks = _assertion(tf.reduce_all(tf.equal(*shapes)), message)
-    # XLA drops the assertion. It compares the shapes of the summands, which have no elements.
+    # XLA drops the assertion, but it compares the shapes of summands. These have no elements.
     empty = [tf.cast(x[tf.newaxis][:0], tf.int32) for x in (labels, values)]
     checks.append(tf.add_n(empty, name="labels_must_have_the_shape_of_the_predictions"))
     with tf.control_dependencies(checks):

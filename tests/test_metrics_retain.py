@@ -1,0 +1,149 @@
+"""Metrics of retain probabilities, and all metrics in models with two outputs."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dropmax
+from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxMonitor
+from tf_dropmax.metrics import retain_statistics
+
+T = 5
+PROBABILITY_METRICS = ["NegativeLogLikelihood", "BrierScore", "ExpectedCalibrationError"]
+RETAIN_METRICS = ["TargetRetainProbability", "NonTargetRetainProbability", "RetainedClasses"]
+
+
+def metric(name, /, **kwargs):
+    return getattr(tf_dropmax, name)(**kwargs)
+
+
+def test_retain_metrics_agree_with_a_loop(rng):
+    rho, labels = rng.random((6, 3, T)).astype("float32"), rng.integers(T, size=(6, 3))
+    weights, mask = rng.random(6).astype("float32"), rng.random((6, 3)) < 0.5
+    rows = []
+    for i, j in np.ndindex(6, 3):
+        target = rho[i, j, labels[i, j]]
+        others = [rho[i, j, t] for t in range(T) if t != labels[i, j]]
+        rows.append([target, np.mean(others), target + sum(others)])
+    rows = np.array(rows)
+    np.testing.assert_allclose(np.reshape(retain_statistics(labels, rho), (3, -1)).T, rows, 1e-5)
+    masked = tf.constant(rho)
+    masked._keras_mask = tf.constant(mask)  # Keras passes a mask in this way.
+    for index, name in enumerate(RETAIN_METRICS):
+        expected = rows[:, index]
+        for y in (labels, labels[..., None], np.eye(T, dtype=int)[labels]):
+            assert float(metric(name)(y, rho)) == pytest.approx(expected.mean(), rel=1e-5)
+        weighted = np.average(expected, weights=np.repeat(weights, 3))
+        assert float(metric(name)(labels, rho, weights)) == pytest.approx(weighted, rel=1e-5)
+        kept = expected[mask.ravel()].mean()
+        assert float(metric(name)(labels, masked)) == pytest.approx(kept, rel=1e-5)
+
+
+def test_one_class_has_no_others():
+    np.testing.assert_array_equal(retain_statistics([0], [[0.5]]), [[0.5], [0.0], [0.5]])
+
+
+def two_outputs(jit_compile):
+    inputs, head = keras.Input((6,)), DropMaxHead(4, seed=1, name="head")
+    initializer = keras.initializers.GlorotUniform(seed=2)
+    features = keras.layers.Dense(8, "relu", kernel_initializer=initializer)(inputs)
+    retain = head(features, output="retain_probabilities")
+    model = keras.Model(inputs, {"classes": head(features), "retain": retain})
+    metrics = [metric(name) for name in PROBABILITY_METRICS]
+    metrics.append(metric("ExpectedCalibrationError", binning="mass", name="mass"))
+    retain_metrics = [metric(name) for name in RETAIN_METRICS]
+    model.compile(
+        keras.optimizers.SGD(0.1),
+        loss={"classes": DropMaxLoss()},
+        metrics={"classes": metrics, "retain": retain_metrics},
+        weighted_metrics={"classes": [metric("BrierScore", name="weighted")]},
+        jit_compile=jit_compile,
+    )
+    return model
+
+
+def by_hand(model, x, y, weights):
+    head = model.get_layer("head")
+    features = model.layers[1](x)
+    log_p, rho = head(features), head.retain_probabilities(features)
+    values = {}
+    for name in PROBABILITY_METRICS:
+        values[f"classes_{metric(name).name}"] = metric(name)(y, log_p)
+    for name in RETAIN_METRICS:
+        values[f"retain_{metric(name).name}"] = metric(name)(y, rho)
+    values["classes_mass"] = metric("ExpectedCalibrationError", binning="mass")(y, log_p)
+    values["classes_weighted"] = metric("BrierScore")(y, log_p, weights)
+    return {name: pytest.approx(float(value), rel=1e-4) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_retain_probabilities_as_a_second_output(jit_compile, blobs):
+    x, y = blobs
+    labels = {"classes": y, "retain": y}
+    weights = {"classes": np.linspace(0, 1, 160), "retain": np.ones(160)}
+    model = two_outputs(jit_compile)
+    callbacks = [] if jit_compile else [DropMaxMonitor(x, y)]
+    fit = {"validation_data": (x, labels, weights), "batch_size": 80 if jit_compile else 37}
+    history = model.fit(
+        x, labels, sample_weight=weights, epochs=2, callbacks=callbacks, verbose=0, **fit
+    ).history
+    validation = [name for name in history if name.startswith("val_")]
+    last = {name.removeprefix("val_"): history[name][-1] for name in validation}
+    del last["loss"]
+    assert last == by_hand(model, x, y, weights["classes"])
+    assert history["val_retain_retained_classes"][0] != last["retain_retained_classes"]
+    if callbacks:
+        for name, of_metric in (
+            ("retain_target", "retain_target_retain_probability"),
+            ("retain_others", "retain_non_target_retain_probability"),
+            ("retained_classes", "retain_retained_classes"),
+        ):
+            assert history[name][-1] == pytest.approx(last[of_metric], rel=1e-5)
+
+
+def test_a_compiled_model_with_two_outputs_saves_and_reloads(blobs, tmp_path):
+    x, y = blobs
+    labels = {"classes": y, "retain": y}
+    model = two_outputs(jit_compile=False)
+    model.fit(x, labels, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert len(loaded.weights) == len(model.weights) == 6  # The head was called twice.
+    one, other = (m.evaluate(x, labels, return_dict=True, verbose=0) for m in (model, loaded))
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"retain_probability": 0.3}, {"dtype": "mixed_bfloat16"}], ids=str
+)
+def test_a_second_call_of_the_head_returns_retain_probabilities(kwargs, rng):
+    features = rng.normal(size=(5, 3, 6)).astype("float32")
+    inputs, head = keras.Input((3, 6)), DropMaxHead(4, **kwargs)
+    symbolic = head(inputs, output="retain_probabilities")
+    assert (symbolic.shape, symbolic.dtype) == ((None, 3, 4), "float32")
+    rho = head(features, training=True, output="retain_probabilities")
+    assert head.losses == []
+    np.testing.assert_array_equal(rho, head.retain_probabilities(features))
+    np.testing.assert_array_equal(rho, head(features, output="retain_probabilities"))
+    np.testing.assert_array_equal(keras.Model(inputs, symbolic)(features), rho)
+    np.testing.assert_array_equal(head(features, output="classes"), head(features))
+    for x in (inputs, features):
+        with pytest.raises(ValueError, match="`output` must be one of"):
+            head(x, output="masks")
+
+
+def test_two_replicas_count_every_example_once(blobs):
+    x, y = (part[:65] for part in blobs)  # In the last batch one replica has no row.
+    labels = {"classes": y, "retain": y}
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = two_outputs(jit_compile=False)
+    single = two_outputs(jit_compile=False)
+    single.set_weights(model.get_weights())
+    one, other = (
+        m.evaluate(x, labels, batch_size=32, return_dict=True, verbose=0) for m in (model, single)
+    )
+    assert one == pytest.approx(other, rel=1e-4)
+    history = model.fit(x, labels, batch_size=32, verbose=0).history
+    assert set(history) == set(one)
+    assert np.isfinite(list(history.values())).all()
