@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 .PHONY: demo check test test-long test-oldest test-newest api notebooks format clean
 
 demo: $(VENV)/installed-experiments
-	$(BIN)/python -m tf_dropmax.experiments demo $(ARGS)
+	$(BIN)/python tf_dropmax/experiments demo $(ARGS)
 
 # Style, types and the fast unit tests.
 check: $(VENV)/installed-test

@@ -8,6 +8,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import HealthCheck, settings
+
+# `make test` always tries the same few examples of a property, `make test-long` hundreds of others.
+_SAME = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+settings.register_profile("short", max_examples=25, derandomize=True, database=None, **_SAME)
+settings.register_profile("long", max_examples=500, **_SAME)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "short")
+settings.load_profile(PROFILE)
 
 # Two replicas on any machine, for the tests of tf.distribute.
 tf.config.set_logical_device_configuration(
@@ -15,8 +23,14 @@ tf.config.set_logical_device_configuration(
 )
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if PROFILE == "long" and getattr(getattr(item, "obj", None), "hypothesis", None):
+            item.add_marker(pytest.mark.long)
+
+
 def pytest_collection_finish():
-    # A quarter of the time went into garbage collection: what was imported stays, and tracing makes very many objects.
+    # Garbage collection took a quarter of the time: tracing makes very many objects.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 

@@ -1,4 +1,4 @@
-"""Jobs for the runner's tests, in a module that worker processes import quickly."""
+"""Jobs for the tests of the runner. Worker processes import this module quickly."""
 
 import os
 import signal
@@ -18,5 +18,5 @@ def deadly(job):
 
 
 def slow(job):
-    time.sleep(0.1 if job["x"] < 3 else 1.0)  # soon some results, then time to kill
+    time.sleep(0.1 if job["x"] < 3 else 1.0)  # Some results come soon. Then there is time to kill.
     return {"y": job["x"], "process": os.getpid()}

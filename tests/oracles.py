@@ -1,4 +1,4 @@
-"""Independent answers, by loops and enumeration in float64; nothing here is shared with the library."""
+"""Independent answers by loops and enumeration in float64. They share no code with the library."""
 
 import itertools
 
@@ -37,7 +37,10 @@ def label_objective(
     auxiliary_weight,
     temperature,
 ):
-    """The objective with the label posterior (NeurIPS 2018), term by term, mean over the rows; nothing is held fixed."""
+    """The objective with the label posterior (NeurIPS 2018), term by term, mean over the rows.
+
+    Nothing is held fixed.
+    """
     total = 0.0
     for o, r, a, u, y in zip(logits, retain_logits, auxiliary_logits, uniform, labels, strict=True):
         rho, s = sigmoid(r), sigmoid(a)

@@ -1,6 +1,8 @@
-"""The README's code and every example in a docstring runs."""
+"""The code of the documentation and every example in a docstring runs."""
 
 import doctest
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -12,40 +14,114 @@ import pytest
 import tensorflow as tf
 
 import tf_dropmax
-from tf_dropmax import callbacks, functional, head, losses, metrics, plots, tuning
+from tf_dropmax import functional, head, plots, tuning
 
-ROOT = Path(__file__).parents[1]
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.cfg").exists())
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+# A block between fences, or an indented block after an empty line.
+BLOCK = re.compile(
+    r"^```(?P<language>.*)\n(?P<fenced>(?:.*\n)*?)```$"
+    r"|(?<=\n\n)(?P<indented> {4}.*\n(?:(?: {4}.*)?\n)*)",
+    re.MULTILINE,
+)
+NOT_PYTHON = ("shell", "text")
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(tf_dropmax.__path__, "tf_dropmax.")
+    if not module.name.startswith("tf_dropmax.experiments")
+]
+
+# Everything that users import, and the methods of the head.
+PUBLIC = {
+    f"{owner.__name__}.{name}": getattr(owner, name)
+    for owner, names in [
+        (tf_dropmax, sorted({*tf_dropmax.__all__} - {"functional"})),
+        (functional, functional.__all__),
+        (plots, plots.__all__),
+        (
+            tf_dropmax.DropMaxHead,
+            ["from_dense", "mask_distribution", "retain_probabilities", "uncertainty"],
+        ),
+    ]
+    for name in names
+}
 
 
-def test_readme(tmp_path, monkeypatch):
+def run(page):
+    """Runs the Python blocks of a page, one after the other, and returns their names."""
+    text, names = page.read_text(), {"__name__": page.stem}
+    for block in BLOCK.finditer(text):
+        if block["language"] in NOT_PYTHON:
+            continue
+        assert block["language"] in ("python", None), block[0]
+        code = block["fenced"] or re.sub("^ {4}", "", block["indented"], flags=re.MULTILINE)
+        first_line = text.count("\n", 0, block.start()) + bool(block["fenced"])
+        exec(compile("\n" * first_line + code, str(page), "exec"), names)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 5
-    names = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_readme():
+    names = run(README)
     np.testing.assert_allclose(names["probabilities"].sum(-1), 1, atol=1e-5)
-    assert np.abs(names["exact"] - names["log_probabilities"]).max() > 1e-3
-    assert names["loaded"].layers[-1].predict_mode == "exact"
+    assert np.abs(names["exact"] - names["sampled"]).max() > 1e-3
+    assert names["head"].predict_mode == "exact"
+    assert names["head"].predict_temperature == names["temperature"]
+    assert names["swapped"].output_shape == (None, 10)
 
 
-def test_readme_names_the_modes():
-    table = re.findall(r'^\| `"(\w+)"`', (ROOT / "README.md").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_docs(page):
+    run(page)
+
+
+def test_blocks_are_found():
+    page = (
+        "text\n\n    a = 1\n\n    b = 2\n\n- item\n  more\n\n```python\nif a:\n\n    c = 3\n```\n"
+    )
+    found = [block["fenced"] or block["indented"] for block in BLOCK.finditer(page)]
+    assert found == ["    a = 1\n\n    b = 2\n\n", "if a:\n\n    c = 3\n"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "prediction.md"], ids=lambda p: p.stem)
+def test_the_table_of_modes_is_complete(page):
+    table = re.findall(r'^\| *`"(\w+)"`', page.read_text(), re.MULTILINE)
     assert sorted(table) == sorted(head.PREDICT_MODES)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [callbacks, functional, head, losses, metrics, plots, tuning],
-    ids=lambda m: m.__name__,
-)
-def test_docstrings(module, tmp_path):
+def test_versions_agree():
+    citation = re.search("^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    change = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert citation[1] == change[1] == tf_dropmax.__version__
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name, tmp_path):
     names = {"keras": keras, "np": np, "tf": tf, "tf_dropmax": tf_dropmax, "plots": plots}
-    if module is tuning:
+    if name == tuning.__name__:
         names |= {"keras_tuner": keras_tuner, "tuning": tuning, "directory": tmp_path}
-    result = doctest.testmod(module, globs=names)
-    assert result.attempted > 0
-    assert result.failed == 0
+    assert doctest.testmod(importlib.import_module(name), globs=names).failed == 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_public_has_an_example(name):
+    thing = PUBLIC[name]
+    assert doctest.DocTestParser().get_examples(thing.__doc__)
+    assert thing.__module__ in MODULES  # So `test_docstrings` runs the examples.
 
 
 def test_api_reference(tmp_path):
@@ -59,21 +135,3 @@ def test_api_reference(tmp_path):
         assert f'id="{name}"' in page or f"tf_dropmax/{name}.html" in page, name
     for name in ("functional", "plots", "tuning"):
         assert "Example" in (tmp_path / "tf_dropmax" / f"{name}.html").read_text()
-
-
-def test_everything_public_has_an_example():
-    functions = [getattr(functional, name) for name in dir(functional) if not name.startswith("_")]
-    functions = [f for f in functions if getattr(f, "__module__", None) == functional.__name__]
-    methods = [
-        getattr(tf_dropmax.DropMaxHead, name)
-        for name in ("from_dense", "retain_probabilities", "uncertainty")
-    ]
-    public = [getattr(tf_dropmax, name) for name in tf_dropmax.__all__ if name != "functional"]
-    public += [
-        f
-        for f in vars(plots).values()
-        if getattr(f, "__module__", None) == plots.__name__ and f.__name__[0] != "_"
-    ]
-    assert len(functions) == 19
-    for thing in [*functions, *methods, *public]:
-        assert ">>>" in thing.__doc__, thing

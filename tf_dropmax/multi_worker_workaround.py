@@ -59,7 +59,7 @@ def multi_worker(model: keras.Model) -> Iterator[keras.Model]:
     if not isinstance(model, keras.Model):
         received = f"{model!r} of type {type(model).__name__}"
         raise ValueError(f"Expected a Keras model. Received: {received}")
-    trainer = sys.modules.get("keras.src.backend.tensorflow.trainer")
+    trainer: Any = sys.modules.get("keras.src.backend.tensorflow.trainer")
     if not (hasattr(model, "_maybe_symbolic_build") and hasattr(trainer, "reduce_per_replica")):
         raise RuntimeError(
             f"`multi_worker` does not support Keras {keras.__version__}. "

@@ -16,6 +16,7 @@ class AblatedHead(DropMaxHead):
     `entropy_weight=0.0` switches off the entropy term.
 
     Args:
+        units: Positive int, the number of classes T.
         masks: Bool. `False` replaces the masks of the non-targets by their means. Defaults to
             `True`.
         kl: Bool. `False` removes the KL divergence (10), which is `-log rho_y`. Defaults to
@@ -26,11 +27,11 @@ class AblatedHead(DropMaxHead):
     """
 
     def __init__(
-        self, *args: Any, masks: bool = True, kl: bool = True, retain: bool = True, **kwargs: Any
+        self, units: int, masks: bool = True, kl: bool = True, retain: bool = True, **kwargs: Any
     ):
         # Before `super().__init__`, which makes the objective.
         self.masks, self.kl, self.retain = masks, kl, retain
-        super().__init__(*args, predict_mode="expected" if retain else "softmax", **kwargs)
+        super().__init__(units, predict_mode="expected" if retain else "softmax", **kwargs)
 
     def _make_objective(self) -> Objective:
         return PartialObjective(self.masks, self.kl) if self.retain else EntropyBesideSoftmax()

@@ -22,10 +22,8 @@ class Checkpoint(keras.callbacks.Callback):
     Args:
         folder: Path of the folder for the saves. `None` saves nothing.
         job: The job, whose hash names the files.
-        measure_after: The numbers of the epochs, from 1, after which `measure` is called. Defaults
-            to none.
-        measure: Function without arguments that returns a dictionary of JSON values. Required with
-            `measure_after`. Defaults to `None`.
+        measure_after: The numbers of the epochs, from 1, after which `measure` is called.
+        measure: Function without arguments that returns a dictionary of JSON values.
 
     Attributes:
         losses: List of the training loss of every epoch.
@@ -36,11 +34,11 @@ class Checkpoint(keras.callbacks.Callback):
         self,
         folder: Path | str | None,
         job: Job,
-        measure_after: Collection[int] = (),
-        measure: Callable[[], dict[str, Any]] | None = None,
+        measure_after: Collection[int],
+        measure: Callable[[], dict[str, Any]],
     ):
         super().__init__()
-        self.folder = folder and Path(folder)
+        self.folder = None if folder is None else Path(folder)
         self.name = hashlib.sha256(key(job).encode()).hexdigest()[:16]
         self.losses: list[float] = []
         self.curve: list[dict[str, Any]] = []
@@ -58,12 +56,12 @@ class Checkpoint(keras.callbacks.Callback):
         Returns:
             The number of epochs that the save contains, 0 without a save.
         """
-        saves = self._files("weights.h5")
-        epoch = max((int(path.name.split("-")[1].split(".")[0]) for path in saves), default=0)
+        saves = {_epoch(path): path for path in self._files("weights.h5")}
+        epoch = max(saves, default=0)
         if epoch:
             model.optimizer.build(model.trainable_variables)
-            model.load_weights(self.folder / f"{self.name}-{epoch}.weights.h5")
-            state = json.loads((self.folder / f"{self.name}-{epoch}.json").read_text())
+            model.load_weights(saves[epoch])
+            state = json.loads(saves[epoch].with_name(f"{self.name}-{epoch}.json").read_text())
             self.losses, self.curve = state["loss"], state["curve"]
             self.earlier = state["seconds"]
         self.started = time.monotonic()
@@ -74,19 +72,19 @@ class Checkpoint(keras.callbacks.Callback):
         if epoch + 1 in self.measure_after:
             self.curve.append({"step": int(self.model.optimizer.iterations), **self.measure()})
         if self.folder and time.monotonic() - self.saved > 20:
-            self._save()
+            self._save(self.folder)
             self.saved = time.monotonic()
 
-    def _save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         old = self._files("*")
         stem = f"{self.name}-{len(self.losses)}"
         state = {"loss": self.losses, "curve": self.curve, "seconds": self.seconds()}
-        (self.folder / f"{stem}.json").write_text(json.dumps(state))
+        (folder / f"{stem}.json").write_text(json.dumps(state))
         # `restore` looks for the weights. Their rename completes the save.
-        temporary = self.folder / f"{self.name}.weights.h5"
+        temporary = folder / f"{self.name}.weights.h5"
         self.model.save_weights(temporary, overwrite=True)
-        temporary.replace(self.folder / f"{stem}.weights.h5")
+        temporary.replace(folder / f"{stem}.weights.h5")
         for path in old:
             path.unlink()
 
@@ -97,3 +95,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _files(self, kind: str) -> list[Path]:
         return list(self.folder.glob(f"{self.name}-*.{kind}")) if self.folder else []
+
+
+def _epoch(path: Path) -> int:
+    """The number of the epoch in the name of a file, `NAME-EPOCH.weights.h5`."""
+    return int(path.name.split("-")[1].split(".")[0])

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, 0 or 1.
     """
-    parser = argparse.ArgumentParser(prog="python -m tf_dropmax.experiments", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tf_dropmax.experiments", description="Experiments with DropMax."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_table1(commands)
@@ -87,7 +89,9 @@ def _add_convergence(commands):
     )
     command.set_defaults(run=convergence.run)
     command.add_argument("results", help="results file of table1")
-    command.add_argument("--methods", nargs="+", metavar="METHOD", help="(default: all in it)")
+    command.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="names of systems (default: all)"
+    )
     _add(command, "--seeds", "runs of each method", 5, type=_positive)
     _add(command, "--workers", "processes", 2, type=_positive)
     command.add_argument(
@@ -102,7 +106,11 @@ def _add_speed(commands):
     )
     command.set_defaults(run=speed.run)
     command.add_argument(
-        "--parts", nargs="+", choices=speed.PARTS, default=speed.PARTS, help="(default: all)"
+        "--parts",
+        nargs="+",
+        choices=speed.PARTS,
+        default=speed.PARTS,
+        help="measurements (default: all)",
     )
     command.add_argument(
         "--classes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.box import MARKDOWN
@@ -74,7 +75,7 @@ def curves(records: Sequence[runner.Record]) -> dict[str, Curve]:
         `{method: {"step": (points,), "train NLL": (seeds, points), "test NLL": ..., "train error
         %": ..., ...}}`, where the shapes are those of arrays.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for record in records:
         points = record["result"]["curve"]
         steps = [point["step"] for point in points]

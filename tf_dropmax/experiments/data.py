@@ -158,8 +158,8 @@ def _cifar(source: ModuleType, names: Sequence[str], label_bytes: int) -> Datase
         names: Names of the files. The last has the test set.
         label_bytes: Int.
     """
-    paths = [find(name) for name in names]
-    if None in paths:
+    paths = [path for name in names if (path := find(name)) is not None]
+    if len(paths) < len(names):
         parts = _download(source, "CIFAR", names)
         return Dataset(*(array for x, y in parts for array in (_photographs(x), _labels(y))))
     size = label_bytes + 3 * 32 * 32
@@ -279,9 +279,13 @@ def split(
     def part(indices):
         return dataset.x[indices], dataset.y[indices]
 
-    test = (dataset.x_test, dataset.y_test)
+    def test_or(indices):
+        if dataset.x_test is None or dataset.y_test is None:
+            return part(indices)
+        return dataset.x_test, dataset.y_test
+
     if train_per_class is None:
-        return Split(part(order[validation:]), part(order[:validation]), test)
+        return Split(part(order[validation:]), part(order[:validation]), test_or(order[:0]))
     needed = train_per_class * dataset.classes + validation
     if counts.min() < train_per_class or counts.sum() < needed:
         raise UserError(
@@ -290,6 +294,4 @@ def split(
         )
     train = _first_of_each_class(dataset, order, train_per_class)
     others = order[~np.isin(order, train)]
-    if dataset.x_test is None:
-        test = part(others[validation:])
-    return Split(part(train), part(others[:validation]), test)
+    return Split(part(train), part(others[:validation]), test_or(others[validation:]))

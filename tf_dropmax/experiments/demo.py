@@ -54,7 +54,7 @@ def run(
         f"{dataset}: {per_class} training images of each of {images.classes} classes, {epochs} "
         f"epochs, {seeds} seeds. The network has one hidden layer. All settings are defaults."
     )
-    results = {}
+    results: Results = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -169,7 +169,7 @@ def _winner(results, measure, text):
     else:
         larger = "larger" if high - low > spread else "not larger"
         remark = f"a difference {larger} than the spread over seeds, {spread:.3f}"
-    winner = min(means, key=means.get) if low < high else "neither head"
+    winner = min(means, key=lambda head: means[head]) if low < high else "neither head"
     return winner, text.format(low, high, remark)
 
 

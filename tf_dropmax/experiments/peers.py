@@ -6,12 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 
-from tf_dropmax.experiments.measures import negative_log_likelihood
 from tf_dropmax.seeds import next_seed
 
 Loss = Callable[[Any, tf.Tensor], tf.Tensor]
@@ -66,24 +62,6 @@ class Cooled(keras.layers.Layer):
 
     def call(self, logits: tf.Tensor, training: bool = False) -> tf.Tensor:
         return logits if training else logits / self.temperature
-
-
-def best_temperature(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature from 1/20 to 20 with the smallest negative log-likelihood.
-
-    Args:
-        log_probabilities: Array `(N, T)`.
-        labels: Integer array `(N,)`.
-
-    Returns:
-        Float.
-    """
-
-    def loss(log_temperature):
-        scaled = log_softmax(log_probabilities / np.exp(log_temperature), axis=-1)
-        return negative_log_likelihood(scaled, labels)
-
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 class HeteroscedasticHead(keras.layers.Layer):

@@ -88,13 +88,12 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of this checkout, with a `+` if files have changed. `None` without a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    options = {"check": True, "capture_output": True, "text": True}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit, changes = (
-            subprocess.run([*git, *command.split()], **options).stdout.strip()
+            subprocess.check_output([*git, *command.split()], stderr=subprocess.DEVNULL, text=True)
             for command in ("rev-parse --short HEAD", "status --porcelain -- ..")
         )
-        return commit + ("+" if changes else "")
+        return commit.strip() + ("+" if changes.strip() else "")
     return None
 
 
@@ -192,7 +191,7 @@ def _progress(console: Console | None) -> Progress:
 
 def _executed(
     execute: Callable[[Job], Result], jobs: Sequence[Job], workers: int
-) -> Iterator[Executed]:
+) -> Generator[Executed, None, None]:
     """Yields every finished job with a function that returns its result or raises its error."""
     if workers == 1:
         for job in jobs:
@@ -252,8 +251,10 @@ def _end_with_parent() -> None:
     """Ends a worker when the program that started it is killed. It would not notice by itself."""
 
     def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def run(
         )
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
     mixed = ("mixed_float16", "mixed_bfloat16") if on_gpu else ("mixed_bfloat16",)
-    measure = {
+    measure: dict[str, Callable[[], speed_parts.Rows]] = {
         "head": partial(speed_parts.head, classes, policies or ("float32", *mixed), repeats),
         "network": partial(speed_parts.network, repeats),
         "systems": partial(speed_parts.systems, repeats),

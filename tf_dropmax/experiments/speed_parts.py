@@ -130,7 +130,9 @@ def _forward(layer, x, compiled=False):
 def memory(classes: int, names: Sequence[str] = ("Dense(2T)", "DropMax", "label", "naive")) -> Rows:
     """Peak memory of a training step."""
     for compiled in (False, True):
-        row = {"what": f"peak memory of a training step, T = {classes}{_xla(compiled)}"}
+        row: dict[str, Any] = {
+            "what": f"peak memory of a training step, T = {classes}{_xla(compiled)}"
+        }
         for name in names:
             row[name] = {"MiB": peak(classes, name, compiled)[0]}
             row[name]["ratio"] = row[name]["MiB"] / max(row[names[0]]["MiB"], 1)
@@ -140,7 +142,7 @@ def memory(classes: int, names: Sequence[str] = ("Dense(2T)", "DropMax", "label"
 def growth(counts: Sequence[int] = (50_000, 100_000, 200_000, 300_000)) -> Rows:
     """Time and peak memory of a training step with very many classes."""
     for classes in counts:
-        row = {"what": f"T = {classes}", "classes": classes}
+        row: dict[str, Any] = {"what": f"T = {classes}", "classes": classes}
         for name in ("Dense(2T)", "DropMax"):
             memory, seconds = peak(classes, name)
             row[name] = {"MiB": memory, "ms": 1000 * seconds}

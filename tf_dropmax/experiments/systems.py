@@ -5,7 +5,7 @@ For each there is a head with its loss, the ways to predict with it, and the set
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from tf_dropmax import (
     predict_mode,
     sparsemax,
 )
+from tf_dropmax.calibration import best_temperature
 from tf_dropmax.experiments import peers
 from tf_dropmax.experiments.ablation import AblatedHead
 from tf_dropmax.experiments.networks import decay
@@ -43,7 +44,7 @@ class System(NamedTuple):
     """
 
     build: Callable[..., tuple[keras.layers.Layer, Callable]]
-    rows: dict[str, Callable[[keras.Model, np.ndarray], np.ndarray]]
+    rows: Mapping[str, Callable[[keras.Model, np.ndarray], np.ndarray]]
     options: list[dict[str, Any]]
     fit: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
 
@@ -181,7 +182,9 @@ def _cooled(classes, seed, l2, temperature=1.0):
 
 
 def _fit_temperature(log_probabilities, labels):
-    return {"temperature": round(peers.best_temperature(log_probabilities, labels), 4)}
+    if not np.isfinite(log_probabilities).all():
+        return {"temperature": 1.0}  # The run diverged.
+    return {"temperature": round(best_temperature(log_probabilities, labels), 4)}
 
 
 def _dropout(classes, seed, l2, rate):
@@ -198,7 +201,10 @@ def _mean_over_dropout(samples, model, x):
 
 
 def _heteroscedastic(classes, seed, l2, temperature):
-    regularizers = {"kernel_regularizer": decay(l2), "bias_regularizer": decay(l2)}
+    regularizers: dict[str, Any] = {
+        "kernel_regularizer": decay(l2),
+        "bias_regularizer": decay(l2),
+    }
     head = peers.HeteroscedasticHead(classes, temperature, seed=seed, **regularizers)
     return head, DropMaxLoss()
 

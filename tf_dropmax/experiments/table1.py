@@ -85,10 +85,10 @@ def run(
         UserError: If an argument is not as above, or the data cannot be read, or as `runner.run`.
     """
     console = wide_console(220)
-    systems = GROUPS[systems]
-    methods = list(dict.fromkeys(methods or systems))
-    if not set(methods) <= set(systems):
-        raise UserError(f"The methods are {', '.join(systems)}. Received: {', '.join(methods)}.")
+    group = GROUPS[systems]
+    methods = list(dict.fromkeys(methods or group))
+    if not set(methods) <= set(group):
+        raise UserError(f"The methods are {', '.join(group)}. Received: {', '.join(methods)}.")
     if budget > len(DECAYS):
         raise UserError(
             f"The budget is at most {len(DECAYS)}, so that all methods can use it. "
@@ -116,7 +116,7 @@ def run(
         return runner.run(execute, jobs, output, workers, console)
 
     chosen = _chosen_settings(
-        {method: systems[method] for method in methods},
+        {method: group[method] for method in methods},
         train.COLUMNS[column].classes,
         budget,
         partial(run_jobs, "search", seeds=[SEARCH_SEED]),
@@ -159,7 +159,7 @@ def _chosen_settings(
 
 def _best(records):
     """The record with the smallest validation error of each method."""
-    best = {}
+    best: dict[str, runner.Record] = {}
     for record in records:
         method = record["job"]["method"]
         best[method] = min(best.get(method, record), record, key=_validation)
@@ -197,13 +197,13 @@ def table(records: Sequence[runner.Record]) -> Table:
         result.add_column(name)
     for name in ("ms/step", "settings", "paper"):
         result.add_column(name)
-    values = {}
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
     for record in records:
         for row, measures in record["result"]["measures"].items():
             of_row = values.setdefault((record["job"]["method"], row), {})
             for name, value in measures.items():
                 of_row.setdefault(name, []).append(value)
-    times = {}
+    times: dict[str, list[float]] = {}
     for record in records:
         milliseconds = 1000 * record["result"]["seconds"] / record["result"]["steps"]
         times.setdefault(record["job"]["method"], []).append(milliseconds)

@@ -114,16 +114,15 @@ def execute(job: Job, folder: Path | str | None = None) -> dict[str, Any]:
     epochs = -(-job["iterations"] // steps)
     rows = system.rows
     first_row = next(iter(rows))
-    course = {}
-    if job["phase"] == "curve":
+
+    def measure():
         parts = {"train": split.train, "test": split.test}
-        course = {
-            "measure_after": {round(epoch) for epoch in np.geomspace(1, epochs, _CURVE_POINTS)},
-            "measure": lambda: {
-                name: measures_of(rows[first_row](model, x), y) for name, (x, y) in parts.items()
-            },
-        }
-    checkpoint = Checkpoint(folder, job, **course)
+        return {name: measures_of(rows[first_row](model, x), y) for name, (x, y) in parts.items()}
+
+    measure_after = set()
+    if job["phase"] == "curve":
+        measure_after = {round(epoch) for epoch in np.geomspace(1, epochs, _CURVE_POINTS)}
+    checkpoint = Checkpoint(folder, job, measure_after, measure)
     first = checkpoint.restore(model)
     model.fit(
         _batches(split.train, protocol.batch, seed, range(first, epochs)),

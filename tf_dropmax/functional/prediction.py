@@ -38,8 +38,7 @@ def softmax_log_probabilities(logits: Any) -> tf.Tensor:
     >>> tf.exp(log_p).numpy().round(4).tolist()
     [0.5, 0.5]
     """
-    logits = clip(logits)
-    return tf.nn.log_softmax(logits - tf.stop_gradient(tf.reduce_max(logits, -1, keepdims=True)))
+    return tf.nn.log_softmax(clip(logits))
 
 
 def expected_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:

@@ -92,31 +92,40 @@ def test_random_dropmax_on_sequences(exported, rng, kind):
     agree(model, exported(model, kind), x)
 
 
-@pytest.mark.parametrize("write", ["litert", "onnx", "tf2onnx", "TFLiteConverter"])
-def test_what_cannot_draw_masks_is_an_error_and_no_file(tmp_path, write):
+def convert_to_onnx(model, path):
+    model.output_names = ["output"]  # tf2onnx needs the name for every model of Keras 3.
+    tf2onnx.convert.from_keras(model, output_path=str(path))
+
+
+def convert_to_litert(model, path):
+    path.write_bytes(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+
+
+WRITERS = {
+    "export to onnx": lambda model, path: model.export(path, format="onnx", verbose=False),
+    "export to litert": lambda model, path: model.export(path, format="litert", verbose=False),
+    "tf2onnx": convert_to_onnx,
+    "TFLiteConverter": convert_to_litert,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_cannot_draw_masks_is_an_error_and_no_file(tmp_path, writer):
     model = build(predict_mode="sampled")
     model(np.ones((1, 6), "float32"))  # Keras exports no model to ONNX that was never called.
-    model.output_names = ["output"]
-    path = tmp_path / f"model.{'onnx' if 'onnx' in write else 'tflite'}"
+    path = tmp_path / f"model.{'onnx' if 'onnx' in writer else 'tflite'}"
     with pytest.raises(Exception, match=r"qint32|func\.return") as error:
-        if write == "tf2onnx":
-            tf2onnx.convert.from_keras(model, output_path=str(path))
-        elif write == "TFLiteConverter":
-            path.write_bytes(tf.lite.TFLiteConverter.from_keras_model(model).convert())
-        else:
-            model.export(path, format=write, verbose=False)
-    assert error.typename == ("KeyError" if "onnx" in write else "ConverterError")
+        WRITERS[writer](model, path)
+    assert error.typename == ("KeyError" if "onnx" in writer else "ConverterError")
     assert not list(tmp_path.iterdir())
 
 
 def test_other_ways_to_export_give_the_mode_too(tmp_path, blobs):
     x, _ = blobs
     model = build(predict_mode="exact")
-    model.output_names = ["output"]  # tf2onnx needs the name for every model of Keras 3.
-    tf2onnx.convert.from_keras(model, output_path=str(tmp_path / "model.onnx"))
+    convert_to_onnx(model, tmp_path / "model.onnx")
     agree(model, onnx(str(tmp_path / "model.onnx")), x)
-    converted = tf.lite.TFLiteConverter.from_keras_model(model).convert()
-    (tmp_path / "model.tflite").write_bytes(converted)
+    convert_to_litert(model, tmp_path / "model.tflite")
     agree(model, litert(str(tmp_path / "model.tflite")), x)
     archive = keras.export.ExportArchive()
     archive.track(model)

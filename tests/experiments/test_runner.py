@@ -60,6 +60,7 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path):
     assert {record["result"]["y"] for record in runner.read(path).values()} == {1, 4}
 
 
+@pytest.mark.long
 def test_a_job_that_kills_its_process_does_not_stop_the_others(tmp_path):
     path = tmp_path / "results.jsonl"
     with pytest.raises(UserError, match=r"2 of 8 jobs failed.*BrokenProcessPool"):
@@ -83,6 +84,7 @@ def test_incomplete_lines_are_repeated_and_other_files_raise(tmp_path):
         runner.run(jobs.square, [{"x": 3}], path / "below")
 
 
+@pytest.mark.long
 def test_resumes_after_kills(tmp_path):
     """No result is lost or repeated after a SIGKILL.
 

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
@@ -28,7 +28,7 @@ def test_notebook(path, tmp_path):
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            # What TensorFlow's own libraries write to the terminal at their start is of no interest.
+            # The libraries of TensorFlow write to the terminal when they start.
             cell.outputs = [
                 output
                 for output in cell.outputs

@@ -9,7 +9,7 @@ from tf_dropmax import DropMaxHead, functional
 
 
 def enumerate_uncertainty(o, r):
-    """One row; entropy, mutual information and spread by all 2^T masks, in the words of their definitions."""
+    """Entropy, mutual information and spread of one row, by all 2^T masks."""
     classes, rho = len(o), sigmoid(r)
     weights, rows = [], []
     for mask in itertools.product([False, True], repeat=classes):
@@ -46,7 +46,7 @@ def test_agrees_with_the_enumeration_of_all_masks(classes, jit_compile, rng):
 
 
 def test_right_on_average_even_with_few_masks(rng):
-    """The plain estimate, `H` of the mean of two draws less their mean `H`, would be far too small."""
+    """The plain estimate, `H` of the mean draw minus the mean `H`, would be far too small."""
     o, r = rng.normal(size=6), rng.normal(size=6)
     rows = 20_000
     result = functional.uncertainty(
@@ -88,7 +88,7 @@ def test_limits(rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_never_negative(dtype, rng):
-    """Masks that are all but certain: what there is of information is of the size of the rounding."""
+    """With almost certain masks, the information is as small as the rounding."""
     logits, retain_logits = rng.normal(size=(300, 9)).astype(dtype), np.full((300, 9), 12.0, dtype)
     result = functional.uncertainty(logits, retain_logits, samples=3)
     assert result.mutual_information.dtype == dtype

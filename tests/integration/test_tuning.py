@@ -162,6 +162,7 @@ TUNERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The optimal value found:sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("name", TUNERS)
 def test_tuners_that_learn_from_their_trials(tmp_path, blobs, name):
@@ -253,8 +254,14 @@ def test_the_objective_does_not_contain_the_weight_decay(blobs):
     assert decayed["loss"] > without["loss"] + 1e-3
 
 
+@pytest.mark.long
 def test_a_killed_search_resumes_and_its_best_model_loads(tmp_path):
-    command = [sys.executable, str(Path(__file__).parent / "workers.py"), "search", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "workers.py"),
+        "search",
+        str(tmp_path),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def trials():

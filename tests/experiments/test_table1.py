@@ -164,6 +164,7 @@ def test_the_table_has_medians_means_and_spreads():
     assert {name: row[name] for name in expected} == expected
 
 
+@pytest.mark.long
 def test_table1_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     output = tmp_path / "digits.jsonl"

@@ -132,7 +132,12 @@ def start():
     processes = []
 
     def start(program, folder, **environment):
-        command = [sys.executable, str(Path(__file__).parent / "workers.py"), program, str(folder)]
+        command = [
+            sys.executable,
+            str(Path(__file__).parents[1] / "workers.py"),
+            program,
+            str(folder),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **output))
@@ -163,6 +168,7 @@ def results(folder):
     return [json.loads((folder / f"result-{index}.json").read_text()) for index in (0, 1)]
 
 
+@pytest.mark.long
 def test_two_workers_equal_one_process_and_resume_after_a_loss(tmp_path, start):
     for name in ("single", "whole", "lost"):
         (tmp_path / name).mkdir()
@@ -203,6 +209,7 @@ def test_multi_worker_changes_nothing_under_another_strategy(strategy):
         tf_dropmax.multi_worker("model").__enter__()
 
 
+@pytest.mark.long
 def test_keras_tuner_over_two_workers(tmp_path, start):
     (port,) = free_ports(1)
     oracle = {"KERASTUNER_ORACLE_IP": "127.0.0.1", "KERASTUNER_ORACLE_PORT": str(port)}

@@ -58,7 +58,7 @@ def test_kinds_of_model_learn(blobs, build, kwargs):
     assert history["val_sparse_top_k_categorical_accuracy"][-1] >= history["val_accuracy"][-1]
     probabilities = np.exp(model.predict(x, verbose=0))
     np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
-    # Validation reports the plain negative log-likelihood, without the entropy term that training has.
+    # Validation reports the negative log-likelihood, without the entropy term of the training.
     loss, *_ = model.evaluate(x, y, verbose=0)
     assert loss == pytest.approx(-np.log(probabilities[np.arange(len(y)), y]).mean(), rel=1e-4)
 
@@ -87,7 +87,7 @@ def test_ways_to_execute(blobs, settings, kwargs):
 
 
 def train_once(x, y, loss=None, head=None, **fit):
-    """One step on the whole batch from the same start; the loss that was minimised, and the weights after it."""
+    """The loss and the weights after one step on the whole batch. The start is always the same."""
     model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=3, **(head or {}))])
     model.compile(keras.optimizers.SGD(0.5), loss or DropMaxLoss())
     history = model.fit(x, y, batch_size=len(x), shuffle=False, verbose=0, **fit)
@@ -314,7 +314,7 @@ def test_mixed_precision_learns(blobs, policy, jit_compile):
 
 
 def test_mixed_precision_is_as_accurate_on_mnist():
-    """100 images a class, nothing changed but the policy; the standard error of an error rate here is 0.25 %."""
+    """Only the policy differs. The standard error of an error rate is 0.25 %."""
     if data.find("mnist.npz") is None:
         pytest.skip(data.missing("mnist.npz"))
     split = data.split(data.mnist(), 100)

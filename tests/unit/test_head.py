@@ -30,7 +30,7 @@ def selecting_head(classes, **kwargs):
 def real_path(
     monkeypatch, logits, retain_logits, uniform, labels, entropy_weight, temperature, dtype
 ):
-    """Value and gradients of the objective by the head in training, `add_loss` and the loss; only the draws are given."""
+    """Value and gradients by the head in training, `add_loss` and the loss, for given draws."""
     monkeypatch.setattr(
         functional, "uniform_draws", lambda shape, seed, dtype: tf.constant(uniform, dtype)
     )
@@ -121,8 +121,9 @@ def test_label_posterior_objective(rng, monkeypatch, dtype, tolerance):
     )
     np.testing.assert_allclose(gradients[2], by_a, atol=1e-6)
 
-    # The prior within the posterior is held fixed. Moving it together with -a leaves the posterior as it is, and moves, of
-    # the rest, the prior and the loss of the auxiliary classifier; that loss is all that depends on a alone.
+    # The prior within the posterior is held fixed. If r grows and a falls by as much, the posterior
+    # does not move. Only the prior and the loss of the auxiliary classifier move. That loss is all
+    # that depends on a alone.
     def auxiliary(a):
         s, y = oracles.sigmoid(a), arguments[1]
         target = np.eye(5)[y]
@@ -554,7 +555,11 @@ def test_no_log_probability_is_zero():
             sure = tf.constant([[90.0, -90.0, -90.0, 50.0, 50.0, 50.0]], dtype)
             log_p = head(sure).numpy()
             assert log_p.max() == pytest.approx(largest, rel=1e-6)
-    assert np.float32(1) > np.exp(np.float32(-(2.0**-24))) == np.nextafter(np.float32(1), np.float32(0))
+    assert (
+        np.float32(1)
+        > np.exp(np.float32(-(2.0**-24)))
+        == np.nextafter(np.float32(1), np.float32(0))
+    )
 
 
 def test_outputs_of_a_second_call(rng):

@@ -1,24 +1,19 @@
 """What must hold for whatever comes in: many examples, made by hypothesis.
 
-The examples of the test run are always the same. `HYPOTHESIS_PROFILE=long` tries hundreds of others of each.
+The examples of a test run are always the same. `HYPOTHESIS_PROFILE=long` tries hundreds of others.
 """
-
-import os
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tf_dropmax import DropMaxHead, functional, set_predict_mode
 
-_SAME = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
-settings.register_profile("short", max_examples=25, derandomize=True, database=None, **_SAME)
-settings.register_profile("long", max_examples=500, **_SAME)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+pytestmark = pytest.mark.slow
 
 LIMIT = float(np.float32(1e30))
 MODES = {
@@ -33,7 +28,7 @@ MODES = {
 
 @st.composite
 def values(draw, shape, dtype):
-    """An array: entry by entry if it is small, else by one of several laws; entries up to +-1e30."""
+    """An array with entries up to +-1e30. A large one follows one of several laws."""
     if np.prod(shape) <= 30 and draw(st.booleans()):
         some = st.floats(-LIMIT, LIMIT, width=32, allow_subnormal=False) | st.sampled_from(
             [0.0, -0.0, 80.0, -88.0, 88.8, -104.0, LIMIT, -LIMIT]
@@ -139,10 +134,11 @@ def test_posterior_scores_are_finite(problem, auxiliary_weight):
     data=st.data(),
 )
 def test_exact_is_monotone(problem, which, step, data):
-    """More logit or more retain logit of a class: no less probability for it, no more for any other.
+    """A larger logit or retain logit of a class makes it more probable, and others less probable.
 
-    For the class itself: given the other masks, with sum of weights S, its probability is w / (w + S) or, with its own mask 0,
-    1 / T at most where S = 0 and 0 elsewhere. For another class: to retain one more competitor never helps.
+    For the class itself: given the other masks, with sum of weights S, its probability is
+    w / (w + S) if it is kept. If it is dropped, it is 1 / T where S = 0 and 0 elsewhere. For
+    another class, one more competitor never helps.
     """
     more = [array.copy() for array in problem]
     chosen = data.draw(st.integers(0, problem[0].shape[-1] - 1))

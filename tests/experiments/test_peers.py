@@ -1,10 +1,11 @@
-"""Each of the other ways to a better softmax against its formula."""
+"""The methods that DropMax is compared with, against their formulas."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tf_dropmax.calibration import best_temperature
 from tf_dropmax.experiments import peers, systems
 
 
@@ -18,24 +19,28 @@ def problem(rng):
 
 def test_label_smoothing(problem):
     logits, labels, p = problem
-    expected = np.mean([-0.9 * np.log(row[label]) - 0.1 * np.log(row).mean() for row, label in zip(p, labels, strict=True)])
-    for shape in [(40,), (40, 1)]:  # Keras gives labels in either
-        assert float(peers.smoothed_cross_entropy(0.1)(labels.reshape(shape), tf.constant(logits))) == pytest.approx(
-            expected, rel=1e-5
-        )
+    rows = zip(p, labels, strict=True)
+    expected = np.mean([-0.9 * np.log(row[y]) - 0.1 * np.log(row).mean() for row, y in rows])
+    loss = peers.smoothed_cross_entropy(0.1)
+    for shape in [(40,), (40, 1)]:  # Keras passes labels in both.
+        found = loss(labels.reshape(shape), tf.constant(logits))
+        assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0, 3.0])
 def test_focal_loss(problem, gamma):
     logits, labels, p = problem
-    expected = [-((1 - row[label]) ** gamma) * np.log(row[label]) for row, label in zip(p, labels, strict=True)]
-    np.testing.assert_allclose(peers.focal_loss(gamma)(labels, tf.constant(logits)), expected, rtol=1e-4, atol=1e-6)
+    rows = zip(p, labels, strict=True)
+    expected = [-((1 - row[y]) ** gamma) * np.log(row[y]) for row, y in rows]
+    found = peers.focal_loss(gamma)(labels, tf.constant(logits))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_temperature_scaling(problem):
     logits, _, _ = problem
-    calm = np.array([np.random.default_rng(row).choice(5, p=p) for row, p in enumerate(_softmax(logits / 4))])
-    found = peers.best_temperature(logits, calm)
+    rows = enumerate(_softmax(logits / 4))
+    calm = np.array([np.random.default_rng(row).choice(5, p=p) for row, p in rows])
+    found = best_temperature(logits, calm)
     grid = np.geomspace(0.05, 20, 4000)
     losses = [-np.log(_softmax(logits / t)[np.arange(40), calm]).mean() for t in grid]
     assert found == pytest.approx(grid[np.argmin(losses)], rel=0.01)
@@ -52,21 +57,24 @@ def _softmax(logits):
 def test_mc_dropout_averages_probabilities_over_masks(rng):
     x = rng.normal(size=(7, 6)).astype("float32")
     head, _ = systems.PEERS["mc-dropout"].build(3, 1, 0.0, rate=0.5)
-    model = keras.Sequential([keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)]), head])
+    initializer = keras.initializers.GlorotUniform(seed=2)
+    hidden = keras.layers.Dense(2, kernel_initializer=initializer)
+    model = keras.Sequential([keras.Sequential([keras.Input((6,)), hidden]), head])
     weights = [w.numpy() for w in (*model.layers[0].weights, *head.layers[1].weights)]
     features = x @ weights[0] + weights[1]
-    expected = 0  # all four masks of two features
+    expected = 0  # Over all four masks of two features.
     for mask in [(0, 0), (0, 2), (2, 0), (2, 2)]:
         expected += _softmax(features * np.array(mask) @ weights[2] + weights[3]) / 4
     found = np.exp(systems.PEERS["mc-dropout"].rows["S=100"](model, x))
     np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
-    errors = [np.abs(np.exp(systems._mean_over_dropout(s, model, x)) - expected).mean() for s in (1, 400)]
+    means = [np.exp(systems._mean_over_dropout(count, model, x)) for count in (1, 400)]
+    errors = [np.abs(mean - expected).mean() for mean in means]
     assert errors[1] < errors[0] / 5
     assert errors[1] < 0.02
 
 
 def test_heteroscedastic_head(rng):
-    """The mean of softmax over the noise, against a loop of its own over many draws; without noise, the softmax."""
+    """The mean of the softmax over other draws of the noise. Without noise it is the softmax."""
     x = rng.normal(size=(3, 4)).astype("float32")
     head = peers.HeteroscedasticHead(5, temperature=0.5, factors=2, samples=20_000, seed=1)
     found = np.exp(head(x))

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_probability as tfp
+from predictions import DTYPES
+from scipy import stats
+
+from tf_dropmax import functional
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_uniform_is_open_reproducible_and_well_distributed(dtype):
+    draws = functional.uniform_draws((1000, 1000), (3, 4), dtype).numpy()
+    assert draws.dtype == dtype
+    assert 0 < draws.min() < 1e-5
+    assert 1 - 1e-5 < draws.max() < 1
+    np.testing.assert_array_equal(draws, functional.uniform_draws((1000, 1000), (3, 4), dtype))
+    compiled = tf.function(functional.uniform_draws, jit_compile=True)
+    others = [
+        functional.uniform_draws((1000, 1000), seed, dtype)
+        for seed in [(4, 4), (3, 5), (2**62, -1)]
+    ]
+    others += [compiled((1000, 1000), tf.constant(seed), dtype) for seed in [(3, 4), (3, 5)]]
+    assert np.abs(others[-1] - others[-2]).mean() == pytest.approx(1 / 3, abs=2e-3)
+    for other in others:
+        assert np.abs(draws - other).mean() == pytest.approx(1 / 3, abs=2e-3)
+    for sample in [draws, *others]:  # the seeds are fixed: passes always or never
+        assert stats.kstest(np.ravel(sample)[:100_000], "uniform").pvalue > 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7])
+def test_masks_are_distributed_as_relaxed_bernoulli(temperature):
+    """Kolmogorov-Smirnov on 20,000 draws. A right sampler fails with one seed in 10^5."""
+    for retain_logit in [-3.0, -0.5, 0.0, 1.0, 4.0]:
+        uniform = functional.uniform_draws((20_000,), (5, 6))
+        masks = functional.relaxed_mask_logits(
+            tf.fill([20_000], retain_logit), uniform, temperature
+        ).numpy()
+        # On the scale of logits, where neither sample piles up at 0 or 1 by rounding.
+        reference = tfp.distributions.RelaxedBernoulli(temperature, logits=np.float64(retain_logit))
+        reference = reference.sample(20_000, seed=7).numpy()
+        inside = (reference > 0) & (reference < 1)
+        reference = np.where(
+            inside,
+            np.log(np.where(inside, reference, 0.5)) - np.log1p(-np.where(inside, reference, 0.5)),
+            0,
+        )
+        assert inside.mean() > 0.99 or temperature == 0.1
+        low, high = -30, 30  # float64 draws resolve logits up to 36
+        assert (
+            stats.ks_2samp(
+                masks.clip(low, high), np.where(inside, reference, high).clip(low, high)
+            ).pvalue
+            > 1e-5 / 10
+        )

@@ -1,0 +1,164 @@
+import numpy as np
+import oracles
+import pytest
+import tensorflow as tf
+from predictions import DTYPES, value_and_gradients
+
+from tf_dropmax import functional
+
+
+@pytest.fixture
+def case(rng):
+    """Rows like those of the golden file, with a saturated one."""
+    logits, retain_logits = 3 * rng.normal(size=(12, 6)), 3 * rng.normal(size=(12, 6))
+    retain_logits[0] = [-14, 14, -14, 14, 0, 0]
+    return {
+        "logits": logits,
+        "retain_logits": retain_logits,
+        "uniform": rng.uniform(0.01, 0.99, size=(12, 6)),
+        "labels": rng.integers(6, size=12),
+    }
+
+
+def training_objective(logits, retain_logits, uniform, labels, entropy_weight, temperature):
+    masks = functional.relaxed_mask_logits(retain_logits, uniform, temperature)
+    scores, entropy = functional.prior_scores_and_entropy(
+        logits, retain_logits, masks, entropy_weight
+    )
+    return tf.reduce_mean(-tf.gather(scores, labels, batch_dims=1) - entropy_weight * entropy)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_objective_and_gradient_are_those_of_eq_15(case, dtype, tolerance):
+    settings = (case["uniform"], case["labels"], 0.3, 0.1)
+    expected = oracles.objective(case["logits"], case["retain_logits"], *settings)
+    value, gradients = value_and_gradients(
+        lambda o, r: training_objective(o, r, settings[0].astype(dtype), *settings[1:]),
+        case["logits"].astype(dtype),
+        case["retain_logits"].astype(dtype),
+    )
+    assert value == pytest.approx(expected, rel=tolerance)
+    by_differences = [
+        oracles.central_differences(
+            lambda o: oracles.objective(o, case["retain_logits"], *settings), case["logits"], 1e-5
+        ),
+        oracles.central_differences(
+            lambda r: oracles.objective(case["logits"], r, *settings), case["retain_logits"], 1e-6
+        ),
+    ]
+    for gradient, difference in zip(gradients, by_differences, strict=True):
+        assert np.abs(difference).max() > 1e-2
+        np.testing.assert_allclose(gradient, difference, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_golden_objective(golden, dtype, tolerance):
+    uniform, settings = (
+        golden["uniform"].astype(dtype),
+        (golden["labels"], float(golden["lam"]), float(golden["tau"])),
+    )
+    value, (grad_logits, grad_retain) = value_and_gradients(
+        lambda o, r: training_objective(o, r, uniform, *settings),
+        golden["logits"].astype(dtype),
+        golden["retain_logits"].astype(dtype),
+    )
+    assert value == pytest.approx(float(golden["objective"]), rel=tolerance)
+    np.testing.assert_allclose(grad_logits, golden["grad_logits"], atol=1e-6)
+    np.testing.assert_allclose(grad_retain, golden["grad_retain"], atol=1e-6)
+
+
+def test_scores_have_second_derivatives(case):
+    """A custom gradient must keep higher derivatives, the mixed ones too."""
+    start = np.concatenate(
+        [case[key][1] for key in ("logits", "retain_logits")] + [np.linspace(-3, 2, 6)]
+    )
+
+    def value(x):
+        scores, entropy = functional.prior_scores_and_entropy(*tf.split(x, 3), entropy_weight=0.3)
+        return tf.reduce_sum(scores * np.linspace(-1, 2, 6)) + 0.7 * entropy
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = value(x)
+        return tape.gradient(y, x)
+
+    point = tf.constant(start)
+    with tf.GradientTape() as tape:
+        tape.watch(point)
+        g = gradient(point)
+    hessian = tape.jacobian(g, point)
+    step = 1e-5
+    for index, shift in enumerate(step * np.eye(18)):
+        difference = (gradient(point + shift) - gradient(point - shift)) / (2 * step)
+        np.testing.assert_allclose(hessian[:, index], difference, atol=1e-7)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_arguments_of_scores_broadcast(rng, traced):
+    """Value and gradients equal those of the repeated arguments, also with unknown shapes."""
+    shapes = (1, 3), (4, 3), (2, 1, 3)
+    arguments = [tf.constant(rng.normal(size=shape)) for shape in shapes]
+    repeated = [tf.constant(np.broadcast_to(x, (2, 4, 3)).copy()) for x in arguments]
+    weights = rng.normal(size=(2, 4, 3))
+
+    def run(*arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            scores, entropy = functional.prior_scores_and_entropy(*arguments, 0.3)
+            likelihood = functional.target_log_likelihood(arguments[0], arguments[2])
+            prediction = functional.expected_log_probabilities(*arguments[:2])
+            total = tf.reduce_sum(weights * scores) + tf.reduce_sum(weights[..., 0] * entropy)
+            total += tf.reduce_sum(weights * likelihood) + tf.reduce_sum(weights * prediction)
+        return total, *tape.gradient(total, arguments)
+
+    function = (
+        tf.function(
+            run, input_signature=[tf.TensorSpec([None] * len(s), tf.float64) for s in shapes]
+        )
+        if traced
+        else run
+    )
+    total, *gradients = function(*arguments)
+    expected, *full = run(*repeated)
+    assert float(total) == pytest.approx(float(expected), rel=1e-12)
+    for gradient, by_repeated, shape in zip(gradients, full, shapes, strict=True):
+        aligned = (1,) * (3 - len(shape)) + shape
+        summed = by_repeated.numpy().sum(
+            tuple(np.flatnonzero(np.array(aligned) != (2, 4, 3))), keepdims=True
+        )
+        np.testing.assert_allclose(gradient, summed.reshape(shape), atol=1e-12)
+
+
+def test_the_entropy_weight_keeps_its_digits(case):
+    masks = functional.relaxed_mask_logits(case["retain_logits"], case["uniform"])
+    one, other = (
+        functional.prior_scores_and_entropy(case["logits"], case["retain_logits"], masks, w)[0]
+        for w in (0.7, tf.constant(0.7, "float64"))
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits_keep_what_is_added_to_them(rng, dtype):
+    """Between 1e7 and 1e12 the gaps of float32 are of the size of a mask's logarithm."""
+    logits = (10 ** rng.uniform(7, 12, size=(300, 3))).astype(dtype)
+    masks = np.full((300, 3), -200, dtype)
+    likelihood, gradients = value_and_gradients(functional.target_log_likelihood, logits, masks)
+    target = logits.argmax(-1)
+    np.testing.assert_allclose(np.take_along_axis(likelihood, target[:, None], -1), 0, atol=1e-5)
+    assert np.isfinite(likelihood).all()
+    assert np.isfinite(gradients).all()
+
+
+def test_random_dropmax_is_a_softmax_over_the_retained(rng):
+    logits, uniform = rng.normal(size=(5, 4)), rng.uniform(size=(5, 4))
+    likelihood = functional.target_log_likelihood(
+        logits, functional.bernoulli_mask_logits(0.4, uniform)
+    )
+    for row in range(5):
+        for y in range(4):
+            keep = uniform[row] < 0.4
+            keep[y] = True
+            expected = np.exp(logits[row, y]) / np.exp(logits[row][keep]).sum()
+            assert np.exp(likelihood[row, y]) == pytest.approx(expected, rel=1e-12)
