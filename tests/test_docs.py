@@ -109,6 +109,7 @@ def test_versions_agree():
     assert citation[1] == change[1] == tf_dropmax.__version__
 
 
+# keras 3.15, with a `tf.data.Dataset`
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name, tmp_path):
     names = {"keras": keras, "np": np, "tf": tf, "tf_dropmax": tf_dropmax, "plots": plots}
@@ -124,6 +125,7 @@ def test_everything_public_has_an_example(name):
     assert thing.__module__ in MODULES  # So `test_docstrings` runs the examples.
 
 
+# pdoc 16 cannot resolve the annotations of a `NamedTuple`, and shows them as they are written.
 def test_api_reference(tmp_path):
     command = re.search(
         r"pdoc (--docformat google) --output-directory \S+ (.*)", (ROOT / "Makefile").read_text()

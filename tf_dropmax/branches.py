@@ -21,8 +21,7 @@ class BranchedLayer(keras.layers.Layer):
     """Base class of the head. It owns a kernel and a bias for every branch.
 
     The branch `"classes"` has the weights `kernel` and `bias`. Every other branch has the weights
-    `NAME_kernel` and `NAME_bias`. The branch `"auxiliary"` has the regularizers and constraints
-    of the branch `"retain"`.
+    `NAME_kernel` and `NAME_bias`, with the regularizers and constraints of the branch `"retain"`.
 
     Args:
         units: Positive int, the number of classes T.
@@ -113,7 +112,7 @@ class BranchedLayer(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
 
     def _add(self, prefix: str, weight: str, shape: tuple[int, ...]) -> Any:
-        like = "retain_" if prefix == "auxiliary_" else prefix
+        like = prefix and "retain_"
         initializer, regularizer, constraint = (
             getattr(self, f"{like}{weight}_{kind}") for kind in KINDS
         )

@@ -52,7 +52,7 @@ def multi_worker(model: keras.Model) -> Iterator[keras.Model]:
     ...     model.compile("adam", tf_dropmax.DropMaxLoss())
     >>> data = tf.data.Dataset.from_tensors((np.ones((8, 20), "float32"), np.arange(8))).repeat(4)
     >>> with tf_dropmax.multi_worker(model):
-    ...     history = model.fit(data, epochs=2, steps_per_epoch=2, verbose=0)
+    ...     history = model.fit(data, epochs=2, steps_per_epoch=2, shuffle=False, verbose=0)
     >>> len(history.history["loss"])
     2
     """

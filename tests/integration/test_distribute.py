@@ -19,6 +19,8 @@ import tf_dropmax
 from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, functional, set_predict_mode
 from tf_dropmax.seeds import next_seed
 
+WORKERS = Path(__file__).parents[1] / "workers.py"
+
 
 @pytest.fixture(scope="module")
 def strategy():
@@ -134,7 +136,7 @@ def start():
     def start(program, folder, **environment):
         command = [
             sys.executable,
-            str(Path(__file__).parents[1] / "workers.py"),
+            str(WORKERS),
             program,
             str(folder),
         ]

@@ -4,21 +4,21 @@
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def test_there_are_notebooks():
-    assert len(NOTEBOOKS) == 6
-
-
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, tmp_path):
+    shutil.copytree(FOLDER / "data", tmp_path / "data")
     notebook = nbformat.read(path, as_version=4)
     stored = [outputs(cell) for cell in notebook.cells]
     place = {"metadata": {"path": tmp_path}}
@@ -26,20 +26,25 @@ def test_notebook(path, tmp_path):
         notebook, timeout=170, resources=place, record_timing=False, coalesce_streams=True
     )
     client.execute()
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            # The libraries of TensorFlow write to the terminal when they start.
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if output.get("name") != "stderr" or "Warning" in output.text
-            ]
-            assert not any(output.get("name") == "stderr" for output in cell.outputs), cell.outputs
-    assert any("image/png" in kinds or "stdout" in kinds for kinds in map(outputs, notebook.cells))
+    shown = [outputs(cell) for cell in notebook.cells]
+    assert any(shown)
+    # Under pytest, ipykernel does not catch what TensorFlow's libraries write when they start.
+    assert not noise(notebook)
     if os.environ.get("TF_DROPMAX_STORE_NOTEBOOKS"):
         nbformat.write(notebook, path)
     else:
-        assert [outputs(cell) for cell in notebook.cells] == stored
+        assert shown == stored
+
+
+def noise(notebook):
+    """Warnings, and what TensorFlow logs."""
+    streams = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream"
+    ]
+    return [each.text for each in streams if each.name == "stderr" or ":tensorflow:" in each.text]
 
 
 def outputs(cell):

@@ -8,6 +8,8 @@ import venv
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import tf_dropmax
 
 ROOT = Path(__file__).parents[2]

@@ -15,6 +15,8 @@ from keras_tuner import HyperParameters
 from tf_dropmax import DropMaxHead, tuning
 from tf_dropmax.tuning import DropMaxHyperModel, dropmax_head
 
+WORKERS = Path(__file__).parents[1] / "workers.py"
+
 
 def features(hp):
     initializer = keras.initializers.GlorotUniform(seed=0)
@@ -258,7 +260,7 @@ def test_the_objective_does_not_contain_the_weight_decay(blobs):
 def test_a_killed_search_resumes_and_its_best_model_loads(tmp_path):
     command = [
         sys.executable,
-        str(Path(__file__).parents[1] / "workers.py"),
+        str(WORKERS),
         "search",
         str(tmp_path),
     ]

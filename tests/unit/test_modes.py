@@ -70,7 +70,12 @@ def predictions(model, x):
     return found["predict"]
 
 
-SETTINGS = [{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}]
+SETTINGS = [
+    {},
+    pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+    {"run_eagerly": True},
+    pytest.param({"steps_per_execution": 2}, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -190,6 +195,7 @@ def count_traces(model, monkeypatch):
     return traces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"jit_compile": True}], ids=str)
 def test_a_mode_is_traced_once_and_300_changes_leak_nothing(x, settings, monkeypatch):
     model = classifier()
@@ -217,10 +223,10 @@ def test_a_mode_is_traced_once_and_300_changes_leak_nothing(x, settings, monkeyp
     model.predict(x, verbose=0)
     before, held = len(traces), graphs()
     assert before > 0
-    for index in range(75):
+    for index in range(20):
         use(MODES[index % 4])
         set_predict_mode(model, MODES[index % 3])
-    for index in range(225):
+    for index in range(300):
         with predict_mode(model, MODES[index % 4], samples=3):
             pass
     assert len(traces) == before
@@ -329,6 +335,7 @@ class Module(tf.Module):
         return self.model(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_what_works_for_dense_works_for_the_head(x, mode, tmp_path):
     model = classifier(predict_mode=mode)

@@ -106,7 +106,7 @@ def _log_quadrature(logits, retain_logits):
 
         def add(index, _, *totals):
             v = first + width * tf.cast(index, logits.dtype)
-            log_s = bend + v + log_sigmoid(v)
+            log_s = bend + v - tf.math.log(1 + tf.exp(-v))
             log_slope = tf.math.log(2 - tf.sigmoid(v))  # of log s as a function of v
             y = tf.exp(tf.minimum(log_s + relative, 5.0))  # exp(-exp(5)) is 0 already.
             decay = tf.exp(-y)

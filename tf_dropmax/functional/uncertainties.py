@@ -1,7 +1,5 @@
 """How uncertain a prediction is, and how much of that comes from the masks."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import tensorflow as tf
