@@ -12,7 +12,12 @@ MODES = ["expected", "sampled", "exact", "softmax"]
 
 @pytest.fixture(
     scope="module",
-    params=[{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}],
+    params=[
+        {},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+        {"run_eagerly": True},
+        pytest.param({"steps_per_execution": 2}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def trained(request, blobs):
@@ -92,6 +97,7 @@ def test_evaluate(trained):
     assert model.evaluate(x, y, verbose=0, return_dict=True) == plain
 
 
+@pytest.mark.slow
 def test_validation_inside_fit_but_not_training(blobs):
     x, y = blobs
 

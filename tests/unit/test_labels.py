@@ -273,11 +273,13 @@ def train_and_evaluate(model, *data):
         ((None, None), False),
         ((None, None), True),
         ((None, None, None), False),
-        ((None, None, None), True),
+        pytest.param((None, None, None), True, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", [*LOSSES, "every metric"])
+@pytest.mark.parametrize(
+    "name", [*LOSSES, pytest.param("every metric", marks=pytest.mark.slow)], ids=str
+)
 def test_training_from_a_generator_equals_training_from_arrays(blobs, spec, name, jit_compile):
     x, y = blobs
     if len(spec) == 3:

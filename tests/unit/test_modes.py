@@ -120,6 +120,7 @@ def test_nested_contexts_and_exceptions(x):
     np.testing.assert_allclose(model.predict(x, verbose=0), expected["expected"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_reach_the_graph(x):
     """The standard deviation of a mean of 25 masks is a fifth of that of one mask."""
     model = classifier()

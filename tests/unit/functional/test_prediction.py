@@ -42,6 +42,7 @@ def test_rows_do_not_touch_each_other(rng, mode):
             broken[1, 2] = kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["expected", "exact"])
 def test_prediction_gradients(rng, mode):
     logits, retain_logits = 2 * rng.normal(size=(3, 5)), 2 * rng.normal(size=(3, 5))

@@ -133,6 +133,7 @@ def test_a_second_call_of_the_head_returns_retain_probabilities(kwargs, rng):
             head(x, output="masks")
 
 
+@pytest.mark.slow
 def test_two_replicas_count_every_example_once(blobs):
     x, y = (part[:65] for part in blobs)  # In the last batch one replica has no row.
     labels = {"classes": y, "retain": y}
