@@ -30,8 +30,9 @@ killed, run the same program again with `overwrite=False`, the default. The inte
 repeated. The grid search of keras-tuner cannot be resumed
 (https://github.com/keras-team/keras-tuner/issues/1055).
 
-The `seed` of a tuner determines the values that it tries. To have the same masks and initial
-weights of the head in all trials, give the head a `seed`.
+The `seed` of a tuner determines the values that it tries, unless it is 0, which keras-tuner
+ignores. To have the same masks and initial weights of the head in all trials, give the head a
+`seed`.
 """
 
 from __future__ import annotations
