@@ -185,7 +185,8 @@ def _predictions(
     """Log-probabilities `(N, T)`, dense labels `(N, T)` and weights `(N,)` of all positions."""
     parts = []
     for x, y, sample_weight in batches:
-        log_p = model.predict_on_batch(x)
+        # Under `tf.distribute`, `predict_on_batch` would give the batch once for every replica.
+        log_p = model.predict(x, batch_size=len(keras.tree.flatten(x)[0]), verbose=0)
         if not isinstance(log_p, np.ndarray) or log_p.shape[-1] != units:
             raise ValueError(
                 f"Expected a model whose one output has shape (batch, ..., {units}). "

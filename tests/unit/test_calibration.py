@@ -249,3 +249,11 @@ def test_the_same_code_scales_a_plain_softmax(rng):
     one, other = best_temperature(logits, y), best_temperature(logits + 5.0, y[:, None])
     assert one == pytest.approx(other, rel=1e-4)
     assert tf_dropmax.calibration.best_temperature is best_temperature
+
+
+def test_two_replicas_see_every_example_once(data):
+    x, y = data
+    expected = calibrate(classifier(), x, y)
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = classifier()
+    assert calibrate(model, x, y, batch_size=75) == pytest.approx(expected, rel=1e-5)
