@@ -1,5 +1,7 @@
 """`model.export`, and the runtimes that load what it writes."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import onnxruntime
@@ -7,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tf2onnx
 from ai_edge_litert.interpreter import Interpreter
+from packaging.version import Version
 
 import tf_dropmax
 from tf_dropmax import DropMaxHead, set_predict_mode
@@ -29,6 +32,9 @@ def onnx(path):
     return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
 
 
+# Before 3.13, Keras exports nothing to LiteRT, and `tf2onnx.convert.from_keras` takes none of its
+# models.
+NEW_KERAS = Version(keras.__version__) >= Version("3.13")
 FORMATS = {
     "tf_saved_model": ("", saved_model),
     "litert": (".tflite", litert),
@@ -51,6 +57,17 @@ def build(shape=(6,), **kwargs):
     )
 
 
+def convert_to_litert(model, path):
+    Path(path).write_bytes(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+
+
+def write(model, path, kind):
+    if kind == "litert" and not NEW_KERAS:
+        convert_to_litert(model, path)
+    else:
+        model.export(path, format=kind, verbose=False)
+
+
 @pytest.fixture
 def exported(tmp_path):
     """Exports a model, and gives what the format's own runtime makes of the file."""
@@ -58,7 +75,7 @@ def exported(tmp_path):
     def export(model, kind):
         suffix, load = FORMATS[kind]
         path = str(tmp_path / f"model{suffix}")
-        model.export(path, format=kind, verbose=False)
+        write(model, path, kind)
         return load(path)
 
     return export
@@ -93,17 +110,17 @@ def test_random_dropmax_on_sequences(exported, rng, kind):
 
 
 def convert_to_onnx(model, path):
-    model.output_names = ["output"]  # tf2onnx needs the name for every model of Keras 3.
-    tf2onnx.convert.from_keras(model, output_path=str(path))
-
-
-def convert_to_litert(model, path):
-    path.write_bytes(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+    if NEW_KERAS:
+        model.output_names = ["output"]  # tf2onnx needs the name for every model of Keras 3.
+        tf2onnx.convert.from_keras(model, output_path=str(path))
+    else:
+        signature = [tf.TensorSpec((None, 6), tf.float32, name="x")]
+        tf2onnx.convert.from_function(tf.function(model), signature, output_path=str(path))
 
 
 WRITERS = {
-    "export to onnx": lambda model, path: model.export(path, format="onnx", verbose=False),
-    "export to litert": lambda model, path: model.export(path, format="litert", verbose=False),
+    "export to onnx": lambda model, path: write(model, path, "onnx"),
+    "export to litert": lambda model, path: write(model, path, "litert"),
     "tf2onnx": convert_to_onnx,
     "TFLiteConverter": convert_to_litert,
 }

@@ -166,11 +166,12 @@ def _narrow(logits):
     relative = less_maximum(logits)
 
     def cap():
-        order = tf.argsort(logits, axis=-1, direction="DESCENDING")
-        ranked = tf.gather(logits, order, batch_dims=1)
+        # `top_k` and not `argsort`: `vectorized_map` needs a static number of classes.
+        classes = logits.shape[-1] or tf.shape(logits)[-1]
+        ranked, order = tf.math.top_k(logits, classes)
         gaps = tf.minimum(ranked[:, :-1] - ranked[:, 1:], 30.0)
         capped = tf.pad(-tf.cumsum(gaps, axis=-1), [[0, 0], [1, 0]])
-        rank = tf.argsort(order, axis=-1)
+        rank = tf.math.top_k(-order, classes).indices
         return tf.maximum(tf.gather(capped, rank, batch_dims=1), -400.0)
 
     return tf.cond(tf.reduce_min(relative) < -60.0, cap, lambda: relative)
