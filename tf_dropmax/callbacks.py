@@ -14,7 +14,7 @@ from tf_dropmax.checks import check_one_of, check_positive_int
 from tf_dropmax.head import DropMaxHead
 from tf_dropmax.inference import PREDICT_MODES
 from tf_dropmax.metrics.retain import retain_statistics
-from tf_dropmax.modes import heads_of, predict_mode
+from tf_dropmax.modes import ArmedStep, heads_of
 
 
 class _Callback(keras.callbacks.Callback):
@@ -72,34 +72,12 @@ class DropMaxPredict(_Callback):
         self._arm("test")
 
     def _arm(self, kind: str) -> None:
-        """Puts a function into the model that runs the next step, and no other, in the mode."""
-        model, name, make = self.model, f"{kind}_function", f"make_{kind}_function"
-        if make in vars(model):
+        if ArmedStep.waits_in(self.model, kind):
             raise ValueError(
                 "Expected one DropMaxPredict in a call. Received: another one, with "
                 f"mode={self.mode!r}"
             )
-        function = getattr(model, name)
-
-        def disarm():
-            delattr(model, make)
-            if getattr(model, name) is step:  # It is not if the model was compiled meanwhile.
-                setattr(model, name, function)
-
-        def step(*args):
-            disarm()
-            with predict_mode(model, self.mode, self.samples):
-                getattr(model, make)()
-                return getattr(model, name)(*args)
-
-        def make_function(*args, **kwargs):
-            disarm()
-            return getattr(model, make)(*args, **kwargs)
-
-        setattr(model, name, step)
-        # After an exception before the step, a later call must not run it. Each call of Keras
-        # begins with `make_..._function`, and no callback of this one hears of that call.
-        setattr(model, make, make_function)
+        ArmedStep(self.model, kind, self.mode, self.samples)
 
 
 class DropMaxMonitor(_Callback):

@@ -22,9 +22,10 @@ _KINDS = ("train", "test", "predict")
 def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int = 30) -> None:
     """Sets the mode in which every `DropMaxHead` of a model predicts from now on.
 
-    Compiled functions follow: those of `model`, of the models in it, and of the models that it is
-    in. A `tf.function` of your own keeps the mode that it was traced in. `model.save` and
-    `model.export` keep the mode.
+    Compiled functions follow: those of `model`, of the models in it, and of the models that call
+    it in their `call`. A `tf.function` of your own keeps the mode that it was traced in. If a
+    model has a `predict_step`, `test_step` or `train_step` of its own, give that model and not
+    one that its step calls. `model.save` and `model.export` keep the mode.
 
     Args:
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a
@@ -81,9 +82,11 @@ def predict_mode(
     """Context manager in which every `DropMaxHead` of a model predicts in the given mode.
 
     It applies to `predict`, `evaluate` and direct calls, of `model`, of the models in it, and of
-    the models that it is in. On leaving, also by an exception, every head is back in the mode it
-    had. A `tf.function` of your own keeps the mode that it was traced in. The mode belongs to the
-    model: do not change it in one thread while another thread predicts.
+    the models that call it in their `call`. On leaving, also by an exception, every head is back
+    in the mode it had. A `tf.function` of your own keeps the mode that it was traced in. If a
+    model has a `predict_step`, `test_step` or `train_step` of its own, give that model and not
+    one that its step calls. The mode belongs to the model: do not change it in one thread while
+    another thread predicts.
 
     Args:
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a
@@ -145,42 +148,130 @@ def _switch(
     layers = {model, *(layer for head in heads for layer in head._traced_in)}
     models = [layer for layer in layers if isinstance(layer, keras.Model)]
     for each in models:
-        _put_functions_away(each)
+        _kept_functions(each).put_away()
     for head, setting in zip(heads, settings, strict=True):
         head._predict_setting = setting
+        head._switched = True
     for each in models:
-        _take_functions_out(each)
+        _kept_functions(each).take_out()
 
 
-def _put_functions_away(model: keras.Model) -> None:
-    mode = _mode_of(model)
-    for kind, kept in _functions(model).items():
-        function = getattr(model, f"{kind}_function")
-        if kept and kept.get(mode) is not function:
-            kept.clear()  # `compile` or `make_..._function` has replaced it: all are outdated.
-        if function is not None:
-            kept[mode] = function
-
-
-def _take_functions_out(model: keras.Model) -> None:
-    mode = _mode_of(model)
-    for kind, kept in _functions(model).items():
-        setattr(model, f"{kind}_function", kept.get(mode))
-        if kept and mode not in kept:
-            # Not left to Keras, so that `None` later means that the model was compiled.
-            getattr(model, f"make_{kind}_function")()
-            kept[mode] = getattr(model, f"{kind}_function")
-
-
-def _functions(model: keras.Model) -> dict[str, dict[Any, Any]]:
-    """The functions of a model by kind and mode.
+def _kept_functions(model: keras.Model) -> _KeptFunctions:
+    """The functions of a model for every mode.
 
     They refer to the model, so they are kept in it: a global table would keep it alive. They are
     no state, so they are kept where neither Keras nor TensorFlow tracks them.
     """
-    return vars(model).setdefault("_dropmax_functions", {kind: {} for kind in _KINDS})
+    if "_dropmax_functions" not in vars(model):
+        vars(model)["_dropmax_functions"] = _KeptFunctions(model)
+    return vars(model)["_dropmax_functions"]
 
 
-def _mode_of(model: keras.Model) -> tuple[Any, ...]:
-    """What the graphs of a model depend on: the settings of all its heads."""
-    return tuple(head._predict_setting.traced for head in _heads(model))
+class _KeptFunctions:
+    """The compiled functions of a model, by kind and mode."""
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        self._kept: dict[str, dict[Any, Any]] = {kind: {} for kind in _KINDS}
+        # The mode in which Keras traced the present functions. It is unknown if a head of this
+        # model was switched by way of a model that does not know this one.
+        unknown = any(head._switched for head in _heads(model))
+        self._mode = None if unknown else self._mode_of_heads()
+
+    def _mode_of_heads(self) -> tuple[Any, ...]:
+        """What the graphs of the model depend on: the settings of all its heads."""
+        return tuple(head._predict_setting.traced for head in _heads(self._model))
+
+    def put_away(self) -> None:
+        for kind, kept in self._kept.items():
+            function = get_function(self._model, kind)
+            if kept and kept.get(self._mode) is not function:
+                kept.clear()  # `compile` or `make_..._function` replaced it: all are outdated.
+            if function is not None:
+                kept[self._mode] = function
+
+    def take_out(self) -> None:
+        before, self._mode = self._mode, self._mode_of_heads()
+        for kind, kept in self._kept.items():
+            if before is None or _temperatures(before) != _temperatures(self._mode):
+                # Unknown, or of a temperature that is unlikely to return.
+                needed = bool(kept)
+                kept.clear()
+            else:
+                needed = bool(kept) and self._mode not in kept
+            set_function(self._model, kind, kept.get(self._mode))
+            if needed:
+                # Not left to Keras, so that `None` later means that the model was compiled.
+                kept[self._mode] = make_function(self._model, kind)
+
+
+def _temperatures(mode: tuple[Any, ...]) -> tuple[float, ...]:
+    return tuple(temperatures for *_, temperatures in mode)
+
+
+class ArmedStep:
+    """Stands in a model for its function, and runs the next step, and no other, in a mode.
+
+    Args:
+        model: A `keras.Model`.
+        kind: `"test"` or `"predict"`.
+        mode, samples: As for `predict_mode`.
+    """
+
+    def __init__(self, model: keras.Model, kind: str, mode: str, samples: int):
+        self._model, self._kind, self._mode, self._samples = model, kind, mode, samples
+        self.function = getattr(model, f"{kind}_function")
+        setattr(model, f"{kind}_function", self)
+        # After an exception before the step, a later call must not run it. Each call of Keras
+        # begins with `make_..._function`, and no callback of this one hears of that call.
+        setattr(model, f"make_{kind}_function", self._make)
+
+    @staticmethod
+    def waits_in(model: keras.Model, kind: str) -> bool:
+        """Whether a step is waiting in the model."""
+        return f"make_{kind}_function" in vars(model)
+
+    def _disarm(self) -> None:
+        delattr(self._model, f"make_{self._kind}_function")
+        name = f"{self._kind}_function"
+        if getattr(self._model, name) is self:  # It is not if the model was compiled meanwhile.
+            setattr(self._model, name, self.function)
+
+    def _make(self, *args: Any, **kwargs: Any) -> Any:
+        self._disarm()
+        return getattr(self._model, f"make_{self._kind}_function")(*args, **kwargs)
+
+    def __call__(self, *args: Any) -> Any:
+        self._disarm()
+        with predict_mode(self._model, self._mode, self._samples):
+            getattr(self._model, f"make_{self._kind}_function")()
+            return getattr(self._model, f"{self._kind}_function")(*args)
+
+
+def get_function(model: keras.Model, kind: str) -> Any:
+    """The function of a model, also while a step waits in its place."""
+    function = getattr(model, f"{kind}_function")
+    return function.function if isinstance(function, ArmedStep) else function
+
+
+def set_function(model: keras.Model, kind: str, function: Any) -> None:
+    """Replaces the function of a model. A step that waits in its place goes on waiting."""
+    present = getattr(model, f"{kind}_function")
+    if isinstance(present, ArmedStep):
+        present.function = function
+    else:
+        setattr(model, f"{kind}_function", function)
+
+
+def make_function(model: keras.Model, kind: str) -> Any:
+    """Lets Keras make the function of a model, which must be `None`, and returns it."""
+    armed = getattr(model, f"{kind}_function")
+    make = f"make_{kind}_function"
+    if isinstance(armed, ArmedStep):
+        setattr(model, f"{kind}_function", None)
+        getattr(type(model), make)(model)
+        armed.function = getattr(model, f"{kind}_function")
+        setattr(model, f"{kind}_function", armed)
+        return armed.function
+    getattr(model, make)()
+    return getattr(model, f"{kind}_function")
