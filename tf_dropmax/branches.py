@@ -56,7 +56,8 @@ class BranchedLayer(keras.layers.Layer):
     def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> Self:
         """A built head that starts from the kernel and bias of a trained `Dense` layer.
 
-        Units, bias, dtype policy, regularizers and constraints are those of `dense` unless given.
+        Units and bias are those of `dense`. So are dtype policy, initializers, regularizers and
+        constraints, unless given. An `activity_regularizer` and `trainable` are not copied.
         The retain branch starts at zero, so every retain probability is 1/2. In mode `"expected"`
         the head then predicts what the softmax of `dense` did.
 
@@ -70,7 +71,8 @@ class BranchedLayer(keras.layers.Layer):
 
         Raises:
             TypeError: If `dense` is not a `Dense` layer.
-            ValueError: If `dense` is not built, is quantized or has another activation.
+            ValueError: If `dense` is not built, is quantized or has another activation; or if
+                `units` or `use_bias` is given.
 
         Example:
 

@@ -28,8 +28,12 @@ def calibrate(
     The temperature minimises the negative log-likelihood of the labels. Predictions, evaluation,
     saved and exported models use it from then on; training does not. Every mode has a temperature
     of its own: to fit that of another mode, call this function inside `predict_mode`. No
-    prediction changes its class. On the given data the likelihood never gets worse. To undo the
-    calibration, call `set_predict_temperature(model, 1.0)`.
+    prediction changes its class, up to rounding where two classes are all but equal. On the given
+    predictions the likelihood never gets worse. To undo the calibration, call
+    `set_predict_temperature(model, 1.0)`.
+
+    Keras masks do not reach this function. Give padded positions the `sample_weight` 0. Their
+    labels are ignored.
 
     Use data that the model was not trained on and that you do not test on. Temperature scaling is
     by Guo et al., On Calibration of Modern Neural Networks, ICML 2017. This function needs scipy:
@@ -38,8 +42,8 @@ def calibrate(
     Args:
         model: A `keras.Model` with one `DropMaxHead`, whose one output is that of the head.
         x: Inputs as for `model.evaluate`: an array or tensor or a structure of them; or a
-            `tf.data.Dataset`, `keras.utils.PyDataset`, generator or other iterable of batches
-            `(x, y)` or `(x, y, sample_weight)`.
+            finite `tf.data.Dataset`, `keras.utils.PyDataset` or generator of batches `(x, y)` or
+            `(x, y, sample_weight)`.
         y: Labels of the arrays, as for `DropMaxLoss`: sparse, one-hot or soft. It must be `None`
             if `x` has the labels. Defaults to `None`.
         sample_weight: `None`, or weights of the examples or positions. Defaults to `None`.
@@ -50,9 +54,12 @@ def calibrate(
         Float, the temperature. It is 1.0 if no other temperature is better.
 
     Raises:
-        ValueError: If the model has not one head and one output, there are no examples, all
-            labels are the same class, or a log-probability or weight is not finite. The model is
-            then unchanged.
+        ValueError: If the model has not one head and one output, or the output is not
+            log-probabilities; if there are no examples, all labels are the same class, or a
+            log-probability, label or weight is not finite or a weight or label negative. The
+            model is then unchanged.
+        tf.errors.InvalidArgumentError: If a sparse label is not in [0, T). The model is then
+            unchanged.
         ImportError: If scipy is not installed.
 
     Example:
@@ -115,8 +122,13 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
     _check_finite("weights", rows)
     if not rows.sum() > 0:
         raise ValueError("Expected examples with a positive weight. Received: none")
-    target = at_label(labels, logits, name="calibrate").numpy()
     dense = _dense(labels, logits)
+    _check_finite("labels", dense)
+    if min(dense.min(), rows.min()) < 0:
+        raise ValueError(
+            f"Expected labels and weights >= 0. Received: {min(dense.min(), rows.min())}"
+        )
+    target = np.sum(dense * logits, axis=-1)
     seen = np.flatnonzero(rows @ dense)
     if len(seen) < 2:
         raise ValueError(f"Expected labels of two classes or more. Received: class {seen} only")
@@ -185,19 +197,33 @@ def _predictions(
     """Log-probabilities `(N, T)`, dense labels `(N, T)` and weights `(N,)` of all positions."""
     parts = []
     for x, y, sample_weight in batches:
+        examples = len(keras.tree.flatten(x)[0])
+        if examples == 0:
+            continue
         # Under `tf.distribute`, `predict_on_batch` would give the batch once for every replica.
-        log_p = model.predict(x, batch_size=len(keras.tree.flatten(x)[0]), verbose=0)
+        log_p = model.predict(x, batch_size=examples, verbose=0)
         if not isinstance(log_p, np.ndarray) or log_p.shape[-1] != units:
             raise ValueError(
                 f"Expected a model whose one output has shape (batch, ..., {units}). "
                 f"Received: {keras.tree.map_structure(np.shape, log_p)}"
             )
+        total = np.exp(log_p.astype("float64")).sum(axis=-1)
+        if (np.abs(total - 1) > 1e-3).any():  # NaN passes and is refused later.
+            raise ValueError(
+                "Expected a model that returns log-probabilities, of which `exp` sums to 1. "
+                f"Received: sums from {total.min():.4g} to {total.max():.4g}"
+            )
         if y is None:
             raise ValueError("Expected batches (x, y). Received: a batch without labels")
-        dense = _dense(y, log_p)
-        weights = np.ones(()) if sample_weight is None else np.asarray(sample_weight)
+        y = np.asarray(y)
+        weights: np.ndarray = np.asarray(1.0 if sample_weight is None else sample_weight)
+        while weights.ndim >= log_p.ndim and weights.shape[-1] == 1:
+            weights = weights[..., 0]
         weights = weights.reshape(weights.shape + (1,) * (log_p.ndim - 1 - weights.ndim))
         weights = np.broadcast_to(weights, log_p.shape[:-1])
+        if y.size == weights.size:  # Sparse labels: those without weight may be any number.
+            y = np.where(weights.reshape(y.shape) == 0, 0, y)
+        dense = _dense(y, log_p)
         parts.append((log_p.reshape(-1, units), dense.reshape(-1, units), weights.reshape(-1)))
     if not parts:
         raise ValueError("Expected examples. Received: none")

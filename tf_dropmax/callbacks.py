@@ -18,7 +18,10 @@ from tf_dropmax.modes import ArmedStep, heads_of
 
 
 class _Callback(keras.callbacks.Callback):
-    """A callback whose copies do not contain the model of an earlier use."""
+    """A callback whose copies do not contain the model of an earlier use.
+
+    Keras keeps that model in `_model`. Not every model can be copied.
+    """
 
     _of_one_use: tuple[str, ...] = ("_model",)
 
@@ -36,7 +39,8 @@ class DropMaxPredict(_Callback):
 
     Args:
         mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`; see `DropMaxHead`.
-        samples: Positive int, number of masks in mode `"sampled"`. Defaults to 30.
+        samples: `None` or positive int, number of masks in mode `"sampled"`. `None` keeps the
+            number of the head. Defaults to `None`.
 
     Raises:
         ValueError: If `mode` or `samples` is not as above. In use: if the model has no
@@ -51,10 +55,10 @@ class DropMaxPredict(_Callback):
     (2, 3)
     """
 
-    def __init__(self, mode: str, samples: int = 30):
+    def __init__(self, mode: str, samples: int | None = None):
         super().__init__()
         self.mode = check_one_of("mode", mode, PREDICT_MODES)
-        self.samples = check_positive_int("samples", samples)
+        self.samples = None if samples is None else check_positive_int("samples", samples)
 
     def on_train_begin(self, logs: Any = None) -> None:
         heads_of(self.model)  # Without a head, raise now and not after the first epoch.
@@ -174,6 +178,7 @@ class DropMaxMonitor(_Callback):
                 setattr(head, name, schedule(epoch))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs = {} if logs is None else logs
         heads = heads_of(self.model)
         if self.y is not None:
             for head, values in zip(heads, self._means(self.y), strict=True):

@@ -53,7 +53,8 @@ class DropMaxHead(InspectableHead):
     `-entropy_weight * mean(sum_t H(rho_t))` by `add_loss`. Together they are the objective (15).
 
     At inference the layer returns log-probabilities: their `exp` sums to 1. They are at most
-    `log(1 - 2**-24)`, because some metrics of Keras skip entries that are 0. The output is
+    `log(1 - 2**-24)`, because some metrics of Keras skip entries that are 0 (`log(1 - 2**-29)` in
+    float64). The output is
     float32 under every dtype policy except `"float64"`. To get probabilities from a trained
     model, put `keras.layers.Softmax()` on top.
 
@@ -67,9 +68,10 @@ class DropMaxHead(InspectableHead):
             the retain probability as a function of the features. A float is random DropMax: hard
             masks keep every class but the target with this probability. Random DropMax has no
             retain branch, no KL divergence and no entropy term. Defaults to `None`.
-        stochastic: Bool. `False` replaces every mask by its mean. With `posterior="prior"` this
-            is deterministic attention: it trains on eq. (18) with the entropy term and without
-            KL divergence. Defaults to `True`.
+        stochastic: Bool. `False` replaces the masks by their means. With `posterior="prior"`
+            this is deterministic attention: it replaces the mask of the target too, and trains on
+            eq. (18) with the entropy term and without KL divergence. With `posterior="label"` the
+            mask of the target stays 1. Defaults to `True`.
         temperature: Positive float, temperature of the relaxed masks (6). Small values are closer
             to hard masks. Defaults to 0.1, as in the paper.
         entropy_weight: `None` or non-negative float, the paper's lambda, weight of the entropy
@@ -142,17 +144,17 @@ class DropMaxHead(InspectableHead):
     predict_mode = PredictAttribute(
         lambda setting: setting.mode,
         'What inference computes: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`.',
-        "set_predict_mode(model, mode, samples)",
+        "Call `tf_dropmax.set_predict_mode(model, mode)`.",
     )
     predict_samples = PredictAttribute(
         lambda setting: setting.samples,
         'Number of masks in mode `"sampled"`, a positive int.',
-        "set_predict_mode(model, mode, samples)",
+        "Call `tf_dropmax.set_predict_mode(model, mode, samples)`.",
     )
     predict_temperature = PredictAttribute(
         lambda setting: setting.temperature,
         "Temperature of the log-probabilities of the present mode, a float. See `calibrate`.",
-        "calibrate(model, x, y)` or `tf_dropmax.set_predict_temperature(model, temperature)",
+        "Call `tf_dropmax.set_predict_temperature(model, temperature)`, or calibrate the model.",
     )
 
     def __init__(
@@ -268,10 +270,11 @@ class DropMaxHead(InspectableHead):
             return logits
         if training:
             return self._scores(logits, inputs, mask)
-        if not tf.executing_eagerly():
+        context = self._get_call_context()
+        if context is not None and not tf.executing_eagerly():
             # Private, but nothing else tells a head which model it is traced in. With a stale
             # graph in a model around the given one, a change of the mode would be silently lost.
-            self._traced_in.add(self._get_call_context().entry_layer)
+            self._traced_in.add(context.entry_layer)
         if self._listener is not None:
             self._listener(inputs, mask)
         return log_probabilities(
@@ -340,6 +343,6 @@ class DropMaxHead(InspectableHead):
 
 
 def _masked_mean(values: tf.Tensor, mask: Any) -> tf.Tensor:
-    """Mean of `values` where `mask` is true, as Keras averages a masked loss. It may be 0 / 0."""
+    """Mean of `values` where `mask` is true, as Keras averages a masked loss, or 0."""
     weights = tf.ones_like(values) if mask is None else tf.cast(mask, values.dtype)
     return tf.math.divide_no_nan(tf.reduce_sum(values * weights), tf.reduce_sum(weights))

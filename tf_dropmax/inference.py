@@ -15,7 +15,7 @@ PREDICT_MODES = ("expected", "sampled", "exact", "softmax")
 
 # `keras.metrics.F1Score` and `FBetaScore` skip entries below 1e-9 in absolute value, so no
 # log-probability may be 0. 1 - 2**-24 is the largest float32 below 1. In float64 the bound is the
-# largest power of two that these metrics do not skip.
+# smallest power of two that these metrics do not skip.
 _LARGEST = {"float32": math.log1p(-(2.0**-24)), "float64": math.log1p(-(2.0**-29))}
 
 
@@ -40,18 +40,25 @@ class PredictSetting(NamedTuple):
         Raises:
             ValueError: If an argument is not as `DropMaxHead` documents.
         """
-        setting = cls("expected", 30)
-        for each, temperature in dict(temperatures or {}).items():
-            setting = setting.changed(each, 30).with_temperature(temperature)
-        return setting.changed(mode, samples)
+        if temperatures is not None and not isinstance(temperatures, dict):
+            raise ValueError(
+                "`predict_temperatures` must be a dictionary from predict modes to temperatures. "
+                f"Received: predict_temperatures={temperatures!r}"
+            )
+        setting = cls("expected", check_positive_int("predict_samples", samples))
+        for each, temperature in (temperatures or {}).items():
+            setting = setting.changed(each).with_temperature(temperature)
+        return setting.changed(mode)
 
-    def changed(self, mode: Any, samples: Any) -> PredictSetting:
-        """The setting with another mode and number of masks.
+    def changed(self, mode: Any, samples: Any = None) -> PredictSetting:
+        """The setting with another mode, and another number of masks unless it is `None`.
 
         Raises:
             ValueError: If `mode` is not in `PREDICT_MODES` or `samples` is not a positive int.
         """
         mode = check_one_of("predict_mode", mode, PREDICT_MODES)
+        if samples is None:
+            return self._replace(mode=mode)
         return self._replace(mode=mode, samples=check_positive_int("predict_samples", samples))
 
     @property
@@ -72,8 +79,9 @@ class PredictSetting(NamedTuple):
 
     @property
     def traced(self) -> tuple[Any, ...]:
-        """What a graph depends on. Two settings with the same value share their graphs."""
-        return self.mode, self.samples if self.mode == "sampled" else None, self.temperature
+        """What decides whether two settings share their graphs."""
+        samples = self.samples if self.mode == "sampled" else None
+        return self.mode, samples, self.temperatures
 
 
 def log_probabilities(
@@ -101,14 +109,14 @@ def log_probabilities(
         log_p = functional.exact_log_probabilities(logits, retain_logits())
     else:
         log_p = functional.sampled_log_probabilities(
-            logits, retain_logits(), setting.samples, _not_convertible(seed(), logits)
+            logits, retain_logits(), setting.samples, _refused_by_converters(seed(), logits)
         )
     if setting.temperature != 1.0:
         log_p = tf.nn.log_softmax(log_p / tf.constant(setting.temperature, log_p.dtype))
     return tf.minimum(log_p, tf.constant(_LARGEST[log_p.dtype.name], log_p.dtype))
 
 
-def _not_convertible(seed: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+def _refused_by_converters(seed: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     """The seed, unchanged, by way of a dtype that converters to ONNX and LiteRT refuse.
 
     These formats have no random numbers that a seed determines. Without this step, tf2onnx writes

@@ -1,4 +1,4 @@
-"""What a head tells about its masks: probabilities, uncertainty, distribution."""
+"""Methods that report on the masks of a head: probabilities, uncertainty, distribution."""
 
 from __future__ import annotations
 
@@ -115,4 +115,5 @@ class InspectableHead(BranchedLayer):
         if self.posterior == "label":
             auxiliary_logits = self._product(features, "auxiliary")
             logits = functional.posterior_logits(logits, auxiliary_logits)
-        return tfp.distributions.RelaxedBernoulli(self.temperature, logits=logits)
+        temperature = type(self).temperature.tensor(self, logits.dtype)
+        return tfp.distributions.RelaxedBernoulli(temperature, logits=logits)

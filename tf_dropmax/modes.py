@@ -19,7 +19,7 @@ from tf_dropmax.inference import PredictSetting
 _KINDS = ("train", "test", "predict")
 
 
-def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int = 30) -> None:
+def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int | None = None) -> None:
     """Sets the mode in which every `DropMaxHead` of a model predicts from now on.
 
     Compiled functions follow: those of `model`, of the models in it, and of the models that call
@@ -31,7 +31,8 @@ def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int = 30) ->
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a
             `DropMaxHead`, or is one.
         mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`; see `DropMaxHead`.
-        samples: Positive int, number of masks in mode `"sampled"`. Defaults to 30.
+        samples: `None` or positive int, number of masks in mode `"sampled"`. `None` keeps the
+            number of the head. Defaults to `None`.
 
     Raises:
         ValueError: If `mode` or `samples` is not as above, or the model has no `DropMaxHead`.
@@ -77,7 +78,7 @@ def set_predict_temperature(model: keras.layers.Layer, temperature: float = 1.0)
 
 @contextlib.contextmanager
 def predict_mode(
-    model: keras.layers.Layer, mode: str, samples: int = 30
+    model: keras.layers.Layer, mode: str, samples: int | None = None
 ) -> Iterator[keras.layers.Layer]:
     """Context manager in which every `DropMaxHead` of a model predicts in the given mode.
 
@@ -92,7 +93,8 @@ def predict_mode(
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a
             `DropMaxHead`, or is one.
         mode: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`; see `DropMaxHead`.
-        samples: Positive int, number of masks in mode `"sampled"`. Defaults to 30.
+        samples: `None` or positive int, number of masks in mode `"sampled"`. `None` keeps the
+            number of the head. Defaults to `None`.
 
     Yields:
         `model`.
@@ -138,6 +140,7 @@ def heads_of(model: keras.layers.Layer) -> list[DropMaxHead]:
 
 
 def _heads(model: keras.layers.Layer) -> list[DropMaxHead]:
+    # Private, but no public method of Keras finds layers at any depth, in any kind of layer.
     return [layer for layer in model._flatten_layers() if isinstance(layer, DropMaxHead)]
 
 
@@ -205,7 +208,7 @@ class _KeptFunctions:
                 kept[self._mode] = make_function(self._model, kind)
 
 
-def _temperatures(mode: tuple[Any, ...]) -> tuple[float, ...]:
+def _temperatures(mode: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(temperatures for *_, temperatures in mode)
 
 
@@ -218,12 +221,12 @@ class ArmedStep:
         mode, samples: As for `predict_mode`.
     """
 
-    def __init__(self, model: keras.Model, kind: str, mode: str, samples: int):
+    def __init__(self, model: keras.Model, kind: str, mode: str, samples: int | None):
         self._model, self._kind, self._mode, self._samples = model, kind, mode, samples
         self.function = getattr(model, f"{kind}_function")
         setattr(model, f"{kind}_function", self)
-        # After an exception before the step, a later call must not run it. Each call of Keras
-        # begins with `make_..._function`, and no callback of this one hears of that call.
+        # If another callback raises before the step runs, the step stays in the model. Nothing
+        # else tells of a later call: it begins with `make_..._function`, which removes the step.
         setattr(model, f"make_{kind}_function", self._make)
 
     @staticmethod

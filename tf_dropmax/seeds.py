@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import tensorflow as tf
 
-# Odd, and unrelated to the stride between samples in `functional.prediction`.
+# Unrelated to the stride between samples in `functional.prediction`.
 _REPLICA_STRIDE = 668265263
 
 

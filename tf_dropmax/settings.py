@@ -74,15 +74,18 @@ class PredictAttribute(property):
     Args:
         get: Function from the `PredictSetting` of the head to the value.
         doc: String, the docstring of the attribute.
-        instead: String, the call that the error of an assignment recommends.
+        instead: Sentence that the error of an assignment ends with.
     """
 
     def __init__(self, get: Callable[[PredictSetting], Any], doc: str, instead: str):
         super().__init__(lambda head: get(head._predict_setting), doc=doc)
         self._instead = instead
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
     def __set__(self, head: Any, value: Any) -> None:
         raise AttributeError(
-            "This attribute cannot be set, because compiled functions would not follow. Call "
-            f"`tf_dropmax.{self._instead}`. Received: {value!r}"
+            f"`{self._name}` cannot be set, because compiled functions would not follow. "
+            f"{self._instead} Received: {self._name}={value!r}"
         )

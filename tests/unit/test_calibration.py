@@ -180,6 +180,8 @@ def test_bad_data_leaves_the_model_as_it_was(data, labels):
             ((broken, y), "finite log-probabilities.*Received: 4 "),
             ((x, y, np.where(weights == 1, np.inf, 0)), "finite weights"),
             ((x, y, 0 * weights), "positive weight"),
+            ((x, y, np.where(np.arange(300) == 3, -1.0, 1.0)), "labels and weights >= 0"),
+            ((x, np.where(np.arange(4) == y[:, None], np.nan, 0.0)), "finite labels"),
             ((x,), "`y` of type NoneType|y of type NoneType"),
             ((x, y[:5]), "as many examples"),
             ((x[:0], y[:0]), "Expected examples"),
@@ -209,6 +211,7 @@ def test_models_that_cannot_be_calibrated(data):
         (plain, "at least one DropMaxHead"),
         (two, "one DropMaxHead.*Received: 2"),
         (outputs, "one output"),
+        (keras.Sequential([classifier(), keras.layers.Softmax()]), "log-probabilities"),
     ]:
         with pytest.raises(ValueError, match=message):
             calibrate(model, x, y)
@@ -257,3 +260,14 @@ def test_two_replicas_see_every_example_once(data):
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         model = classifier()
     assert calibrate(model, x, y, batch_size=75) == pytest.approx(expected, rel=1e-5)
+
+
+def test_padded_positions_without_weight_are_ignored(rng):
+    x, y = rng.normal(size=(40, 5, 6)).astype("float32"), rng.integers(4, size=(40, 5))
+    padded, weights = y.copy(), np.ones((40, 5))
+    padded[:, 3:], weights[:, 3:] = -1, 0
+    start = keras.initializers.RandomNormal(stddev=3.0, seed=3)
+    model = keras.Sequential([keras.Input((None, 6)), DropMaxHead(4, kernel_initializer=start)])
+    expected = calibrate(model, x[:, :3], y[:, :3])
+    assert calibrate(model, x, padded, weights) == pytest.approx(expected, rel=1e-5)
+    assert calibrate(model, x, padded, weights[..., None]) == pytest.approx(expected, rel=1e-5)

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, functional, predict_mode
+from tf_dropmax import (
+    DropMaxHead,
+    DropMaxLoss,
+    DropMaxPredict,
+    functional,
+    predict_mode,
+    set_predict_mode,
+)
 
 MODES = ["expected", "sampled", "exact", "softmax"]
 
@@ -294,3 +301,25 @@ def test_a_used_callback_can_be_copied_without_its_model(blobs):
     found = model.evaluate(x, y, verbose=0, callbacks=[again])
     assert found == model.evaluate(x, y, verbose=0, callbacks=[callback])
     assert abs(found - model.evaluate(x, y, verbose=0)) > 1e-4
+
+
+@pytest.mark.parametrize("recovery", ["predict_mode", "set_predict_mode", "callback"])
+def test_a_step_that_never_ran_is_not_kept(blobs, recovery):
+    x, _ = blobs
+    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
+    before = model.predict(x, verbose=0)
+    with pytest.raises(ValueError, match="one DropMaxPredict"):
+        model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact"), DropMaxPredict("softmax")])
+    if recovery == "predict_mode":
+        with predict_mode(model, "exact"):
+            exact = model.predict(x, verbose=0)
+    elif recovery == "set_predict_mode":
+        set_predict_mode(model, "exact")
+        exact = model.predict(x, verbose=0)
+        set_predict_mode(model, "expected")
+    else:
+        exact = model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact")])
+    assert np.abs(exact - before).max() > 1e-3
+    for _ in range(2):
+        np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    assert "make_predict_function" not in vars(model)

@@ -16,6 +16,7 @@ from tf_dropmax import (
     functional,
     predict_mode,
     set_predict_mode,
+    set_predict_temperature,
 )
 
 DETERMINISTIC = ["expected", "exact", "softmax"]
@@ -375,6 +376,60 @@ def test_what_works_for_dense_works_for_the_head(x, mode, tmp_path):
     for each in jacobians:
         np.testing.assert_allclose(each, reference, atol=1e-5)
     np.testing.assert_allclose(gradients, reference[:, 2], atol=1e-5)
+
+
+def test_a_model_with_a_step_of_its_own(x):
+    """Its graph calls an inner model, so Keras does not tell the head about the outer one."""
+
+    class Outer(keras.Model):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def call(self, x):
+            return self.inner(x)
+
+        def predict_step(self, data):
+            return self.inner(data, training=False)
+
+    inner = classifier()
+    outer, expected = Outer(inner), by_functional(inner, x)
+    for mode in ("exact", "expected", "softmax"):
+        set_predict_mode(outer, mode)
+        np.testing.assert_allclose(outer.predict(x, verbose=0), expected[mode], atol=1e-5)
+        # By way of the inner model the outer one keeps its mode, as the docstrings say. It
+        # follows again as soon as it is given itself.
+        set_predict_mode(inner, "exact")
+        outer.predict(x, verbose=0)
+        set_predict_mode(outer, "softmax")
+        np.testing.assert_allclose(outer.predict(x, verbose=0), expected["softmax"], atol=1e-5)
+    other = Outer(inner)
+    other.predict(x, verbose=0)
+    set_predict_mode(inner, "exact")
+    set_predict_mode(other, "exact")
+    np.testing.assert_allclose(other.predict(x, verbose=0), expected["exact"], atol=1e-5)
+
+
+def test_no_samples_keep_those_of_the_head():
+    model = classifier(predict_samples=100)
+    head = model.layers[-1]
+    set_predict_mode(model, "sampled")
+    assert head.predict_samples == 100
+    with predict_mode(model, "exact"):
+        assert head.predict_samples == 100
+    set_predict_mode(model, "sampled", samples=7)
+    assert head.predict_samples == 7
+
+
+def test_functions_of_an_old_temperature_are_not_kept(x):
+    model = classifier()
+    for temperature in (2.0, 3.0, 4.0):
+        set_predict_temperature(model, temperature)
+        found = model.predict(x, verbose=0)
+        assert np.abs(found - model(x)).max() < 1e-5
+        model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact")])
+    kept = vars(model)["_dropmax_functions"]._kept
+    assert {kind: len(functions) for kind, functions in kept.items()}["predict"] == 2
 
 
 def test_what_is_no_mode_and_no_model_is_refused():

@@ -1,4 +1,4 @@
-"""Test-time predictions, one function a mode; `exact_log_probabilities` is in `quadrature`."""
+"""Test-time predictions, one function per mode; `exact_log_probabilities` is in `quadrature`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from tf_dropmax.functional.numerics import (
 )
 
 _DROPPED = -3e38  # Stands for log 0 beside clipped logits, also in float32.
-_SAMPLE_STRIDE = 1640531527  # Odd, so that the seeds of successive draws never meet.
+# Not a multiple of the prime 2**31 - 1, to which `uniform_draws` reduces seeds. So the draws of one
+# call have different seeds.
+_SAMPLE_STRIDE = 1640531527
 
 
 def softmax_log_probabilities(logits: Any) -> tf.Tensor:

@@ -116,9 +116,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         self._sums.assign_add(sums)
 
     def _cell(self, confidence):
-        position = confidence
+        position = tf.minimum(confidence, 1)  # Rounding may give a little more.
         if self.binning == "mass":
-            position = (tf.math.log(confidence) - tf.math.log1p(-confidence)) / 32 + 0.5
+            position = (tf.math.log(position) - tf.math.log1p(-position)) / 32 + 0.5
         cell = tf.math.floor(tf.clip_by_value(position, 0, 1) * self._cells)
         # A NaN gets into one of the cells, and the result is NaN.
         return tf.clip_by_value(tf.cast(cell, tf.int32), 0, self._cells - 1)
