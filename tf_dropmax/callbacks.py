@@ -75,6 +75,14 @@ class DropMaxPredict(_Callback):
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._arm("test")
 
+    # Keras may find the end of the data only after `on_..._batch_begin`.
+
+    def on_predict_end(self, logs: Any = None) -> None:
+        ArmedStep.remove_from(self.model, "predict")
+
+    def on_test_end(self, logs: Any = None) -> None:
+        ArmedStep.remove_from(self.model, "test")
+
     def _arm(self, kind: str) -> None:
         if ArmedStep.waits_in(self.model, kind):
             raise ValueError(

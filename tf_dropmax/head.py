@@ -223,7 +223,7 @@ class DropMaxHead(InspectableHead):
         self._predict_setting = PredictSetting.of_arguments(
             predict_mode, predict_samples, predict_temperatures
         )
-        self._switched = False  # whether `modes` has changed the setting
+        self._switches = 0  # how often `modes` has changed the setting
         # The layers, usually models, whose graphs hold a prediction of this head; see `modes`.
         self._traced_in: weakref.WeakSet[keras.layers.Layer] = weakref.WeakSet()
         # `DropMaxMonitor` sets it to hear of the inputs of every prediction.

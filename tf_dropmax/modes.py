@@ -154,7 +154,7 @@ def _switch(
         _kept_functions(each).put_away()
     for head, setting in zip(heads, settings, strict=True):
         head._predict_setting = setting
-        head._switched = True
+        head._switches += 1
     for each in models:
         _kept_functions(each).take_out()
 
@@ -178,14 +178,19 @@ class _KeptFunctions:
         self._kept: dict[str, dict[Any, Any]] = {kind: {} for kind in _KINDS}
         # The mode in which Keras traced the present functions. It is unknown if a head of this
         # model was switched by way of a model that does not know this one.
-        unknown = any(head._switched for head in _heads(model))
-        self._mode = None if unknown else self._mode_of_heads()
+        self._mode: Any = self._mode_of_heads()
+        self._switches = 0
 
     def _mode_of_heads(self) -> tuple[Any, ...]:
         """What the graphs of the model depend on: the settings of all its heads."""
         return tuple(head._predict_setting.traced for head in _heads(self._model))
 
+    def _switches_of_heads(self) -> int:
+        return sum(head._switches for head in _heads(self._model))
+
     def put_away(self) -> None:
+        if self._switches != self._switches_of_heads():
+            self._mode = None
         for kind, kept in self._kept.items():
             function = get_function(self._model, kind)
             if kept and kept.get(self._mode) is not function:
@@ -195,6 +200,7 @@ class _KeptFunctions:
 
     def take_out(self) -> None:
         before, self._mode = self._mode, self._mode_of_heads()
+        self._switches = self._switches_of_heads()
         for kind, kept in self._kept.items():
             if before is None or _temperatures(before) != _temperatures(self._mode):
                 # Unknown, or of a temperature that is unlikely to return.
@@ -233,6 +239,13 @@ class ArmedStep:
     def waits_in(model: keras.Model, kind: str) -> bool:
         """Whether a step is waiting in the model."""
         return f"make_{kind}_function" in vars(model)
+
+    @staticmethod
+    def remove_from(model: keras.Model, kind: str) -> None:
+        """Takes a waiting step out of the model."""
+        step = getattr(model, f"{kind}_function")
+        if isinstance(step, ArmedStep):
+            step._disarm()
 
     def _disarm(self) -> None:
         delattr(self._model, f"make_{self._kind}_function")
