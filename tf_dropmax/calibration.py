@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dropmax.checks import check_positive_int
-from tf_dropmax.labels import at_label, label_weights
+from tf_dropmax.labels import are_sparse, at_label, label_weights
 from tf_dropmax.modes import heads_of, set_predict_temperature
 
 _LARGEST = 100.0  # Temperatures are searched from 1 / 100 to 100.
@@ -124,10 +124,9 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
         raise ValueError("Expected examples with a positive weight. Received: none")
     dense = _dense(labels, logits)
     _check_finite("labels", dense)
-    if min(dense.min(), rows.min()) < 0:
-        raise ValueError(
-            f"Expected labels and weights >= 0. Received: {min(dense.min(), rows.min())}"
-        )
+    smallest = min(dense.min(), rows.min())
+    if smallest < 0:
+        raise ValueError(f"Expected labels and weights >= 0. Received: {smallest}")
     target = np.sum(dense * logits, axis=-1)
     seen = np.flatnonzero(rows @ dense)
     if len(seen) < 2:
@@ -147,8 +146,9 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
 
 def _dense(labels: Any, values: np.ndarray) -> np.ndarray:
     """Labels as rows, after a check that sparse labels are in [0, T)."""
-    at_label(labels, values, name="calibrate")
     labels, values = tf.convert_to_tensor(labels), tf.constant(values)
+    if are_sparse(labels, values, name="calibrate"):
+        at_label(labels, values, name="calibrate")
     return label_weights(labels, values, name="calibrate").numpy()
 
 
@@ -162,7 +162,8 @@ def _batches(x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[An
     """Batches `(x, y, sample_weight)` of arrays or of an iterable of batches."""
     if isinstance(x, keras.utils.PyDataset):
         x = map(x.__getitem__, range(len(x)))
-    if isinstance(x, Iterable) and not hasattr(x, "shape") and not _is_structure(x):
+    of_arrays = hasattr(x, "shape") or isinstance(x, list | tuple | dict)
+    if isinstance(x, Iterable) and not of_arrays:
         if y is not None or sample_weight is not None:
             raise ValueError(
                 "`y` and `sample_weight` must be `None` if `x` gives batches. "
@@ -184,11 +185,6 @@ def _batches(x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[An
         rows = slice(start, start + batch_size)
         inputs = keras.tree.map_structure(lambda part, rows=rows: part[rows], x)
         yield inputs, y[rows], None if sample_weight is None else sample_weight[rows]
-
-
-def _is_structure(x: Any) -> bool:
-    """Whether `x` is a structure of arrays, as for a model with several inputs."""
-    return isinstance(x, list | tuple | dict)
 
 
 def _predictions(

@@ -73,9 +73,9 @@ class PredictSetting(NamedTuple):
             ValueError: If `temperature` is not a finite float > 0.
         """
         temperature = check_temperature("temperature", temperature)
-        index = PREDICT_MODES.index(self.mode)
-        others = self.temperatures[:index], self.temperatures[index + 1 :]
-        return self._replace(temperatures=(*others[0], temperature, *others[1]))
+        pairs = zip(PREDICT_MODES, self.temperatures, strict=True)
+        changed = tuple(temperature if mode == self.mode else other for mode, other in pairs)
+        return self._replace(temperatures=changed)
 
     @property
     def traced(self) -> tuple[Any, ...]:

@@ -176,20 +176,20 @@ class _KeptFunctions:
     def __init__(self, model: keras.Model):
         self._model = model
         self._kept: dict[str, dict[Any, Any]] = {kind: {} for kind in _KINDS}
-        # The mode in which Keras traced the present functions. It is unknown if a head of this
-        # model was switched by way of a model that does not know this one.
-        self._mode: Any = self._mode_of_heads()
+        # The mode in which Keras traced the present functions, and how often the heads had been
+        # switched then. If that has changed, a head was switched by way of a model that does not
+        # know this one, and the mode is unknown.
+        self._mode: Any = self._state_of_heads()[0]
         self._switches = 0
 
-    def _mode_of_heads(self) -> tuple[Any, ...]:
-        """What the graphs of the model depend on: the settings of all its heads."""
-        return tuple(head._predict_setting.traced for head in _heads(self._model))
-
-    def _switches_of_heads(self) -> int:
-        return sum(head._switches for head in _heads(self._model))
+    def _state_of_heads(self) -> tuple[tuple[Any, ...], int]:
+        """What the graphs of the model depend on, and how often it was changed."""
+        heads = _heads(self._model)
+        mode = tuple(head._predict_setting.traced for head in heads)
+        return mode, sum(head._switches for head in heads)
 
     def put_away(self) -> None:
-        if self._switches != self._switches_of_heads():
+        if self._switches != self._state_of_heads()[1]:
             self._mode = None
         for kind, kept in self._kept.items():
             function = get_function(self._model, kind)
@@ -199,8 +199,8 @@ class _KeptFunctions:
                 kept[self._mode] = function
 
     def take_out(self) -> None:
-        before, self._mode = self._mode, self._mode_of_heads()
-        self._switches = self._switches_of_heads()
+        before = self._mode
+        self._mode, self._switches = self._state_of_heads()
         for kind, kept in self._kept.items():
             if before is None or _temperatures(before) != _temperatures(self._mode):
                 # Unknown, or of a temperature that is unlikely to return.

@@ -36,7 +36,6 @@ def mask_entropy(retain_logits: Any) -> tf.Tensor:
 
 @tf.custom_gradient
 def _mask_entropy(retain_logits):
-
     def gradient(upstream):
         return -upstream * _times_drop_slope(retain_logits, tf.sigmoid(-retain_logits))
 
