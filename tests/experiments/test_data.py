@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tf_dropmax.experiments import data, files
 from tf_dropmax.experiments.errors import UserError
@@ -121,6 +122,56 @@ def test_cifar_from_the_binary_version(name, labels, rng, tmp_path, monkeypatch)
     assert dataset.x.dtype == "float32"
     assert dataset.y.shape == (24,)
     np.testing.assert_array_equal(dataset.y_test, classes[:3])
+
+
+def test_embeddings(tmp_path, monkeypatch, rng):
+    monkeypatch.setenv("TF_DROPMAX_DATA", str(tmp_path))
+    for name in ("banking77", "clinc150"):
+        with pytest.raises(UserError, match=f"no {name}.npz"):
+            data.LOADERS[name]()
+    x = rng.normal(size=(40, 16))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype("float16")
+    y = np.arange(40) % 5
+    parts = {"x": x[:20], "x_val": x[20:25], "x_test": x[25:35], "x_oos_test": x[35:]}
+    labels = {"y": y[:20], "y_val": y[20:25], "y_test": y[25:35]}
+    for name in ("banking77", "clinc150"):
+        np.savez(tmp_path / f"{name}.npz", **parts, **labels)
+    banking, clinc = data.banking77(), data.clinc150()
+    assert (len(banking.y), len(clinc.y), banking.x_out_of_scope) == (20, 25, None)
+    np.testing.assert_array_equal(clinc.y, y[:25])
+    for found, expected in ((clinc.x, x[:25]), (clinc.x_test, x[25:35])):
+        assert found.dtype == "float32"
+        np.testing.assert_allclose(found, 4 * expected.astype("float32"))
+    np.testing.assert_allclose(clinc.x_out_of_scope.var(axis=1), 1, atol=0.2)
+    np.savez(tmp_path / "banking77.npz", **{**parts, "x_test": y}, **labels)
+    with pytest.raises(UserError, match=r"found x_test: int64 \(40,\)"):
+        data.banking77()
+
+
+def test_cifar_from_jpeg(tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_DROPMAX_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=r"no cifar10_jpeg\.npz"):
+        data.cifar10_jpeg()
+    shades = np.array([0, 60, 120, 180, 240], "uint8")
+    files = [
+        tf.io.encode_jpeg(np.full((32, 32, 3), shade, "uint8"), quality=95).numpy()
+        for shade in shades
+    ]
+    arrays = {
+        "bytes": np.frombuffer(b"".join(files), "uint8"),
+        "offsets": np.cumsum([0, *map(len, files)]),
+        "y": np.arange(5).astype("uint8"),
+        "test": np.array([False, True, False, False, True]),
+    }
+    np.savez(tmp_path / "cifar10_jpeg.npz", **arrays)
+    dataset = data.cifar10_jpeg()
+    assert dataset.x.shape == (3, 32, 32, 3)
+    np.testing.assert_allclose(255 * dataset.x[:, 5, 5, 0], shades[[0, 2, 3]], atol=2)
+    np.testing.assert_allclose(255 * dataset.x_test[:, 5, 5, 2], shades[[1, 4]], atol=2)
+    assert (dataset.y.tolist(), dataset.y_test.tolist()) == ([0, 2, 3], [1, 4])
+    np.savez(tmp_path / "cifar10_jpeg.npz", **{**arrays, "bytes": arrays["bytes"][::-1].copy()})
+    with pytest.raises(UserError, match="cannot be decoded"):
+        data.cifar10_jpeg()
 
 
 def test_image_folders_and_awa2(tmp_path, monkeypatch):

@@ -7,12 +7,16 @@ from types import SimpleNamespace
 import keras
 import numpy as np
 import pytest
+from packaging.version import Version
 from scipy import stats
+from scipy.special import log_softmax
+from sklearn.metrics import log_loss, roc_auc_score
 
+from tf_dropmax.calibration import best_temperature
 from tf_dropmax.experiments import checkpoint, convergence, data, runner, table1, train
 from tf_dropmax.experiments.cli import main
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.systems import SYSTEMS
+from tf_dropmax.experiments.systems import PEERS, SYSTEMS
 
 JOB = {"column": "digits", "protocol": "small", "iterations": 24, "seed": 0, "phase": "final"}
 
@@ -76,6 +80,52 @@ def test_a_search_does_not_use_the_test_data(monkeypatch):
     assert train.execute(job)["measures"]["(2)"]["error %"] > 90
 
 
+def test_calibrated_measures_and_examples_of_no_class(rng, monkeypatch):
+    """A temperature of the validation data, and areas under the ROC curve by scikit-learn."""
+    y = np.arange(400) % 10
+    x = (2 * np.eye(10)[y] + rng.normal(size=(400, 10))).astype("float32")
+    dataset = data.Dataset(x, y, x[:200], y[:200], rng.normal(size=(50, 10)).astype("float32"))
+    monkeypatch.setitem(data.LOADERS, "digits", lambda: dataset)
+    monkeypatch.setitem(train.COLUMNS, "digits", train.Column("digits", 10, 20, 20, 150, 60))
+    job = {**JOB, "protocol": "linear", "method": "adaptive", "settings": {"l2": 0.0}}
+    predictions, predict = {}, SYSTEMS["adaptive"].rows["(16)"]
+    spy = {"(16)": lambda model, x: predictions.setdefault(len(x), predict(model, x))}
+    monkeypatch.setitem(train.ALL, "adaptive", SYSTEMS["adaptive"]._replace(rows=spy))
+    found = train.execute({**job, "phase": "search"})
+    labels = train.split_for({**job, "phase": "search"})[1].validation[1]
+    temperature = best_temperature(predictions.pop(150), labels)
+    assert found["temperatures"] == {"(16)": pytest.approx(temperature, abs=1e-4)}
+    assert set(found["measures"]["(16)"]) == {"error %", "NLL", "ECE %"}
+    measures = train.execute({**job, "temperatures": {"(16)": 2.0}})["measures"]["(16)"]
+    log_p = log_softmax(predictions[200] / 2, axis=-1)
+    assert measures["calibrated NLL"] == pytest.approx(log_loss(y[:200], np.exp(log_p)), rel=1e-5)
+    entropies = [(np.exp(log_p) * -log_p).sum(-1) for log_p in (predictions[50], predictions[200])]
+    expected = roc_auc_score([1] * 50 + [0] * 200, np.concatenate(entropies))
+    assert measures["AUROC %, entropy"] == pytest.approx(100 * expected)
+    assert 50 < measures["AUROC %, logit"] < 100
+
+
+def test_feature_decay_penalises_the_features():
+    job = {**JOB, "method": "base", "settings": {"l2": 0.0, "feature_decay": 0.3}}
+    dataset = data.digits()
+    model = train._compiled_model(job, dataset)
+    x = dataset.x[:8]
+    features = model.layers[0](x).numpy()
+    # Before 3.13, Keras does not divide by the size of the batch.
+    batch = 8 if Version(keras.__version__) >= Version("3.13") else 1
+    model(x, training=True)
+    expected = 0.3 * np.square(features).sum() / batch
+    assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_worker_loads_the_data_of_its_jobs_once(monkeypatch):
+    loaded = []
+    monkeypatch.setitem(data.LOADERS, "digits", lambda: loaded.append(1) or data.digits())
+    for seed in range(3):
+        train.split_for({**JOB, "seed": seed})
+    assert len(loaded) == 1
+
+
 def test_a_column_without_a_test_set_gets_one_that_no_search_uses(monkeypatch):
     digits = data.digits()
     numbered = digits._replace(x=np.arange(1797))  # Every image is its number.
@@ -91,14 +141,16 @@ def test_a_column_without_a_test_set_gets_one_that_no_search_uses(monkeypatch):
 
 
 def test_the_search(tmp_path, monkeypatch, capsys):
-    """Every method tries as many settings: weight decays, then its own with the best decay."""
+    """Every method tries as many settings, and predicts with the best trial's temperatures."""
 
     def execute(job, folder):
         settings = job["settings"]
-        error = abs(settings["l2"] - 1e-3) + abs(settings.get("entropy_weight", 0) - 10)
+        error = abs(settings["l2"] - 1e-3) + abs(settings.get("entropy_weight", 0) - 3)
+        error += abs(settings.get("feature_decay", 0) - 0.001)
         row = next(iter(SYSTEMS[job["method"]].rows))
         measures = {row: {"error %": error, "NLL": 0.0, "ECE %": 0.0}}
-        return {"measures": measures, "seconds": 1.0, "steps": 1}
+        found = {"measures": measures, "seconds": 1.0, "steps": 1}
+        return {**found, "temperatures": {row: 1 + error}} if job["phase"] == "search" else found
 
     def run(execute, jobs, path, workers, console):
         done.extend(job for job in jobs if job not in done)
@@ -106,23 +158,36 @@ def test_the_search(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "execute", execute)
     monkeypatch.setattr(runner, "run", run)
-    for budget in range(1, 7):
+    for budget, protocol in itertools.product(range(1, 10), ("small", "linear")):
         done = []
-        table1.run("digits", "small", seeds=1, budget=budget, output=tmp_path / "results.jsonl")
+        table1.run("digits", protocol, seeds=1, budget=budget, output=tmp_path / "results.jsonl")
         for method, system in SYSTEMS.items():
             mine = [job for job in done if job["method"] == method]
             tried = [job["settings"] for job in mine if job["phase"] == "search"]
-            (final,) = [job["settings"] for job in mine if job["phase"] == "final"]
-            assert len(tried) == (budget if budget > 1 else 0)
-            assert final in tried or budget == 1
-            own = {json.dumps({**settings, "l2": None}) for settings in tried}
-            assert len(own) == min(len(system.options), 1 + budget // 2) or budget == 1
-            if budget == 6:
-                assert final["l2"] == 1e-3
-                weights = {"label": 3.0, "attention": 10.0, "adaptive": 10.0}
-                assert final.get("entropy_weight") == weights.get(method)
-    with pytest.raises(UserError, match="at most 6"):
-        table1.run("digits", "small", budget=7)
+            (final,) = [job for job in mine if job["phase"] == "final"]
+            settings = final["settings"]
+            if budget == 1:
+                assert (tried, settings["l2"], "temperatures" in final) == ([], 1e-4, False)
+                continue
+            assert len(tried) == budget
+            assert settings in tried
+            other = {"l2": None, "feature_decay": None}
+            own = {json.dumps({**settings, **other}) for settings in tried}
+            assert len(own) == min(len(system.options), 1 + budget // 3)
+            penalties = {settings.get("feature_decay", 0) for settings in tried}
+            assert len(penalties) == (1 if protocol == "linear" else 1 + budget // 3)
+            if budget == 9:
+                weight = {"label": 3.0, "attention": 3.0, "adaptive": 3.0}.get(method)
+                assert settings["l2"] == 1e-3
+                assert settings.get("entropy_weight") == weight
+                assert settings.get("feature_decay") == (None if protocol == "linear" else 0.001)
+                error = (0 if weight else 3) + (0.001 if protocol == "linear" else 0)
+                assert final["temperatures"] == {next(iter(system.rows)): pytest.approx(1 + error)}
+    with pytest.raises(UserError, match="at most 9"):
+        table1.run("digits", "small", budget=10)
+    with pytest.raises(UserError, match=r"Groups of methods are paper.* Received: unknown"):
+        table1.run("digits", "small", ["base", "unknown"])
+    assert list(table1._systems(["peers", "label", "focal"])) == [*PEERS, "label"]
     assert "+-" in capsys.readouterr().out
 
 
@@ -146,7 +211,7 @@ def test_the_difference_is_that_of_the_paired_t_test(rng):
 
 def test_the_table_has_medians_means_and_spreads():
     def record(seed, error):
-        measures = {"error %": error, "NLL": error / 10, "ECE %": error / 100}
+        measures = {"error %": error, "NLL": error / 10, "calibrated ECE %": error / 100}
         job = {"column": "mnist-1k", "protocol": "released", "iterations": 9, "method": "base"}
         result = {"measures": {"(2)": measures}, "seconds": 0.009 * (seed + 1), "steps": 9}
         return {"job": {**job, "settings": {}, "seed": seed}, "result": result}
@@ -157,7 +222,7 @@ def test_the_table_has_medians_means_and_spreads():
         "median": "2.00",
         "mean +- sd": "3.00 +- 2.65",
         "NLL": "0.300",
-        "ECE %": "0.03",
+        "calibrated ECE %": "0.03",
         "ms/step": "2.0",
         "paper": "7.17",
     }
@@ -193,11 +258,11 @@ def test_table1_command(tmp_path, capsys, monkeypatch):
     assert main([*curves, "label"]) == 1
     assert "no final runs of label" in capsys.readouterr().err
     ablation = tmp_path / "ablation.jsonl"
-    command = f"{digits} --output {ablation} --systems parts --budget 1 --seeds 1 --methods".split()
-    assert main([*command, "kl", "masks"]) == 0
+    command = f"{digits} --output {ablation} --budget 1 --seeds 1 --methods".split()
+    assert main([*command, "kl", "label-no-kl"]) == 0
     phases = [record["job"]["phase"] for record in runner.read(ablation).values()]
     assert phases == ["final", "final"]
-    assert main([*command, "focal"]) == 1
+    assert main([*command, "foca"]) == 1
     assert "kl+entropy" in capsys.readouterr().err
     monkeypatch.delenv("TF_DROPMAX_DATA", raising=False)
     assert main(["table1", "--column", "omniglot-242"]) == 1

@@ -1,4 +1,4 @@
-"""Adaptive DropMax with parts of its objective switched off."""
+"""DropMax with parts of its objective switched off."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dropmax import DropMaxHead, functional
-from tf_dropmax.objectives import Objective, TrainingStep
+from tf_dropmax.objectives import LabelMasks, Objective, TrainingStep
 
 
 class AblatedHead(DropMaxHead):
-    """Adaptive DropMax with parts of its objective (15) switched off.
+    """DropMax with parts of its objective switched off.
 
-    `entropy_weight=0.0` switches off the entropy term.
+    `entropy_weight=0.0` switches off the entropy term, `auxiliary_weight=0.0` the loss of the
+    auxiliary classifier.
 
     Args:
         units: Positive int, the number of classes T.
         masks: Bool. `False` replaces the masks of the non-targets by their means. Defaults to
             `True`.
-        kl: Bool. `False` removes the KL divergence (10), which is `-log rho_y`. Defaults to
-            `True`.
+        kl: Bool. `False` removes the KL divergence: (10), which is `-log rho_y`, and with
+            `posterior="label"` also those of the non-targets. Defaults to `True`.
         retain: Bool. `False` trains and predicts by the plain softmax (2). The retain branch has
-            its entropy term only. `masks` and `kl` are then ignored. Defaults to `True`.
+            its entropy term only. `masks`, `kl` and the posterior are then ignored. Defaults to
+            `True`.
         **kwargs: Arguments of `DropMaxHead`.
     """
 
@@ -34,10 +36,13 @@ class AblatedHead(DropMaxHead):
         super().__init__(units, predict_mode="expected" if retain else "softmax", **kwargs)
 
     def _make_objective(self) -> Objective:
-        return PartialObjective(self.masks, self.kl) if self.retain else EntropyBesideSoftmax()
+        if not self.retain:
+            return EntropyBesideSoftmax()
+        partial = PartialLabel if self.posterior == "label" else PartialPrior
+        return partial(self.masks, self.kl)
 
 
-class PartialObjective:
+class PartialPrior:
     """The objective (15) with or without drawn masks and the KL divergence.
 
     Args:
@@ -57,6 +62,37 @@ class PartialObjective:
             step.logits, retain_logits, masks, step.entropy_weight
         )
         return scores if self.kl else scores - tf.math.log_sigmoid(retain_logits), entropy
+
+
+class PartialLabel(LabelMasks):
+    """The objective of the label posterior with or without drawn masks and KL divergences.
+
+    Args:
+        masks, kl: As for `AblatedHead`.
+    """
+
+    def __init__(self, masks: bool, kl: bool):
+        super().__init__(stochastic=masks)
+        self.kl = kl
+
+    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
+        scores, entropy = super().scores_and_entropy(step)
+        return scores if self.kl else scores + self._divergences(step), entropy
+
+    def _divergences(self, step):
+        """The KL divergences in the scores: that of the target and those of the others."""
+        prior = step.branch("retain")
+        posterior = functional.posterior_logits(prior, step.branch("auxiliary"))
+        # `posterior_logits` holds the prior fixed, but the divergence has a gradient by it.
+        posterior += prior - tf.stop_gradient(prior)
+        keep, log_prior, log_posterior = (
+            tf.sigmoid(posterior),
+            tf.math.log_sigmoid(prior),
+            tf.math.log_sigmoid(posterior),
+        )
+        each = keep * (log_posterior - log_prior)
+        each += (1 - keep) * (log_posterior - posterior - log_prior + prior)
+        return tf.reduce_sum(each, axis=-1, keepdims=True) - each - log_prior
 
 
 class EntropyBesideSoftmax:

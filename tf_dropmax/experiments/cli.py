@@ -60,13 +60,12 @@ def _add_table1(commands):
     command.set_defaults(run=table1.run)
     command.add_argument("--column", required=True, choices=COLUMNS, help="column of the table")
     _add(command, "--protocol", "network and schedule", "released", choices=PROTOCOLS)
-    systems = (
-        "the systems of the paper, or DropMax with parts of its objective switched off, or other "
-        "ways to improve a softmax"
+    methods = (
+        "names of systems or of groups; "
+        + "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items())
+        + " (default: paper)"
     )
-    _add(command, "--systems", systems, "paper", choices=GROUPS)
-    methods = "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items())
-    command.add_argument("--methods", nargs="+", metavar="METHOD", help=f"{methods} (default: all)")
+    command.add_argument("--methods", nargs="+", metavar="METHOD", default=["paper"], help=methods)
     _add(command, "--seeds", "final runs of each method", 5, type=_positive)
     command.add_argument(
         "--iterations", type=_positive, help="training steps of a run (default: the protocol's)"

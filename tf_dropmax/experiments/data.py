@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tf_dropmax.experiments.errors import UserError
 from tf_dropmax.experiments.files import (
@@ -22,18 +24,20 @@ Part = tuple[np.ndarray, np.ndarray]
 
 
 class Dataset(NamedTuple):
-    """Images and labels.
+    """Images or embeddings, and labels.
 
     Attributes:
         x: Array `(N, height, width, channels)`, float32 in [0, 1] unless the loader says otherwise.
         y: Array `(N,)`, int64.
         x_test, y_test: The test set in the same form, or `None` if the data set has none.
+        x_out_of_scope: Test examples of no class, or `None` if the data set has none.
     """
 
     x: np.ndarray
     y: np.ndarray
     x_test: np.ndarray | None = None
     y_test: np.ndarray | None = None
+    x_out_of_scope: np.ndarray | None = None
 
     @property
     def classes(self) -> int:
@@ -137,9 +141,71 @@ def omniglot968() -> Dataset:
     return Dataset(*turned(dataset.x, dataset.y), *turned(dataset.x_test, dataset.y_test))
 
 
+def banking77() -> Dataset:
+    """10,003 + 3,080 questions to a bank as embeddings `(N, 384)`: 77 intents.
+
+    Casanueva et al. 2020, CC BY 4.0. The embeddings are those of all-MiniLM-L6-v2, scaled to unit
+    variance, from a local `banking77.npz`.
+    """
+    x, y, x_test, y_test = _embeddings("banking77.npz", "x", "y", "x_test", "y_test")
+    return Dataset(x, y, x_test, y_test)
+
+
+def clinc150() -> Dataset:
+    """18,000 + 4,500 questions to an assistant as embeddings `(N, 384)`: 150 intents.
+
+    Larson et al. 2019, CC BY 3.0. 1,000 questions more are out of scope. The embeddings are as
+    for `banking77`, from a local `clinc150.npz`. Its validation set is part of the 18,000.
+    """
+    names = ("x", "y", "x_val", "y_val", "x_test", "y_test", "x_oos_test")
+    x, y, x_val, y_val, x_test, y_test, x_oos = _embeddings("clinc150.npz", *names)
+    return Dataset(np.concatenate([x, x_val]), np.concatenate([y, y_val]), x_test, y_test, x_oos)
+
+
+def _embeddings(file: str, *names: str) -> list[np.ndarray]:
+    path = find(file)
+    if path is None:
+        raise UserError(f"The embeddings cannot be read: {missing(file)}.")
+    arrays = dict(zip(names, read_arrays(path, *names), strict=True))
+    for name, array in arrays.items():
+        is_label = name.startswith("y")
+        if array.ndim != (1 if is_label else 2) or array.dtype.kind not in (
+            "iu" if is_label else "f"
+        ):
+            raise UserError(
+                f"{path} holds no embeddings: expected numbers (N, width) and whole-number labels "
+                f"(N,), found {name}: {array.dtype} {array.shape}."
+            )
+        # A unit vector has the variance 1 / width.
+        scaled = array.astype("int64" if is_label else "float32")
+        arrays[name] = scaled if is_label else scaled * np.float32(np.sqrt(array.shape[1]))
+    return list(arrays.values())
+
+
 def cifar10() -> Dataset:
     """50,000 + 10,000 photographs of 32 x 32 pixels in 10 classes; see `_cifar`."""
     return _cifar(keras.datasets.cifar10, FILES["cifar10"], label_bytes=1)
+
+
+def cifar10_jpeg() -> Dataset:
+    """The same photographs as JPEG, which loses some detail, from a local `cifar10_jpeg.npz`."""
+    path = find("cifar10_jpeg.npz")
+    if path is None:
+        raise UserError(f"The photographs cannot be read: {missing('cifar10_jpeg.npz')}.")
+    content, offsets, y, test = read_arrays(path, "bytes", "offsets", "y", "test")
+    try:
+        images = np.stack(
+            [
+                tf.io.decode_jpeg(content[start:end].tobytes(), channels=3).numpy()
+                for start, end in itertools.pairwise(offsets)
+            ]
+        )
+    except tf.errors.InvalidArgumentError as error:
+        raise UserError(
+            f"{path} holds an image that cannot be decoded ({first_line(error)})."
+        ) from error
+    x, y, test = _photographs(images), _labels(y), test.astype(bool)
+    return Dataset(x[~test], y[~test], x[test], y[test])
 
 
 def cifar100() -> Dataset:
@@ -209,7 +275,10 @@ LOADERS: dict[str, Callable[[], Dataset]] = {
     "mnist49": mnist49,
     "omniglot242": omniglot242,
     "omniglot968": omniglot968,
+    "banking77": banking77,
+    "clinc150": clinc150,
     "cifar10": cifar10,
+    "cifar10_jpeg": cifar10_jpeg,
     "cifar100": cifar100,
     "awa2": awa2,
 }
@@ -219,6 +288,9 @@ FILES: dict[str, tuple[str, ...]] = {
     "mnist49": ("mnist.npz",),
     "omniglot242": ("omniglot242.npz",),
     "omniglot968": ("omniglot242.npz",),
+    "banking77": ("banking77.npz",),
+    "clinc150": ("clinc150.npz",),
+    "cifar10_jpeg": ("cifar10_jpeg.npz",),
     "cifar10": (*(f"data_batch_{part}.bin" for part in range(1, 6)), "test_batch.bin"),
     "cifar100": ("train.bin", "test.bin"),
     "awa2": ("JPEGImages",),
@@ -241,7 +313,7 @@ def require(name: str) -> None:
 
 
 def hold_out(dataset: Dataset, per_class: int) -> Dataset:
-    """Makes some images of each class, always the same, the test set."""
+    """Makes some examples of each class, always the same, the test set."""
     order = np.random.default_rng(0).permutation(len(dataset.y))
     test = _first_of_each_class(dataset, order, per_class)
     rest = np.setdiff1d(order, test)

@@ -1,8 +1,8 @@
-"""Networks without their heads: models from images to features.
+"""Networks without their heads: models from images or embeddings to features.
 
 Every network takes the same arguments and returns a Keras model:
 
-    shape: Shape of an image, `(height, width, channels)`.
+    shape: Shape of an example. For an image it is `(height, width, channels)`.
     seed: Int, from which all random numbers come.
     l2: Non-negative float, the weight decay: `l2 / 2` times the squared norm of the weights is
         added to the loss. Defaults to 0.0.
@@ -16,17 +16,30 @@ from typing import Any
 import keras
 from keras import layers
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+Start = Callable[[int], keras.initializers.Initializer]
 
 
-def mlp(shape: Shape, seed: int, l2: float = 0.0, width: int = 128) -> keras.Model:
-    """One hidden layer on the pixels.
+def identity(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
+    """No network: the features are the numbers of an example."""
+    return keras.Sequential([keras.Input(shape), layers.Flatten()], name="features")
+
+
+def mlp(
+    shape: Shape,
+    seed: int,
+    l2: float = 0.0,
+    width: int = 128,
+    start: Start = keras.initializers.HeNormal,
+) -> keras.Model:
+    """One hidden layer.
 
     Args:
         shape, seed, l2: See the module.
         width: Positive int, number of features. Defaults to 128.
+        start: Function from a seed to the initializer of the kernel. Defaults to He's.
     """
-    dense = _dense(width, keras.initializers.HeNormal(seed), l2)
+    dense = _dense(width, start(seed), l2)
     return keras.Sequential([keras.Input(shape), layers.Flatten(), dense], name="features")
 
 
@@ -34,7 +47,7 @@ def lenet(
     shape: Shape,
     seed: int,
     l2: float = 0.0,
-    start: Callable[[int], keras.initializers.Initializer] = keras.initializers.GlorotUniform,
+    start: Start = keras.initializers.GlorotUniform,
 ) -> keras.Model:
     """LeNet as in the authors' released code, with 500 features.
 
@@ -116,6 +129,18 @@ def resnet34(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
     ImageNet also has a stride and a pooling in its first layers, which would leave little of an
     image of this size.
     """
+    return _residual(shape, seed, l2, [(64, 3), (128, 4), (256, 6), (512, 3)])
+
+
+def resnet14(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
+    """A residual network of 14 layers for 32 x 32 images, with 64 features.
+
+    It is the network of He et al. (2016) for CIFAR with two blocks of 16, 32 and 64 channels.
+    """
+    return _residual(shape, seed, l2, [(16, 2), (32, 2), (64, 2)])
+
+
+def _residual(shape, seed, l2, stages):
     seeds = iter(range(seed, seed + 100))
 
     def convolution(x, channels, size, stride=1):
@@ -126,9 +151,8 @@ def resnet34(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
         return layers.BatchNormalization()(x)
 
     inputs = keras.Input(shape)
-    x = layers.ReLU()(convolution(inputs, 64, 3))
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        channels = 64 * 2**stage
+    x = layers.ReLU()(convolution(inputs, stages[0][0], 3))
+    for stage, (channels, blocks) in enumerate(stages):
         for block in range(blocks):
             stride = 2 if stage and not block else 1
             same_shape = x.shape[-1] == channels and stride == 1

@@ -48,22 +48,6 @@ def _one_hot(labels, logits):
     return tf.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
 
 
-class Cooled(keras.layers.Layer):
-    """Temperature scaling (Guo et al. 2017): divides logits by a temperature at inference.
-
-    Args:
-        temperature: Positive float.
-        **kwargs: Arguments of `keras.layers.Layer`.
-    """
-
-    def __init__(self, temperature: float, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.temperature = temperature
-
-    def call(self, logits: tf.Tensor, training: bool = False) -> tf.Tensor:
-        return logits if training else logits / self.temperature
-
-
 class HeteroscedasticHead(keras.layers.Layer):
     """Logits with noise whose size depends on the example (Collier et al. 2021).
 

@@ -22,7 +22,6 @@ from tf_dropmax import (
     predict_mode,
     sparsemax,
 )
-from tf_dropmax.calibration import best_temperature
 from tf_dropmax.experiments import peers
 from tf_dropmax.experiments.ablation import AblatedHead
 from tf_dropmax.experiments.networks import decay
@@ -37,16 +36,15 @@ class System(NamedTuple):
         rows: Functions `predict(model, x)` that return log-probabilities, an array `(N, T)`, by
             the name of the way to predict. A search goes by the measures of the first.
         options: List of the system's own settings, for up to 30 classes. The first are its
-            defaults. A search also chooses among `DECAYS`, which are the same for every system.
-        fit: `None` or a function `fit(log_probabilities, labels)` that returns settings. They
-            are not searched. They are fitted to the predictions of the first row for the
-            validation data, after training.
+            defaults. A search also chooses among `DECAYS` and `FEATURE_DECAYS`, which are the
+            same for every system.
+        logits: Function `logits(model, x)` that returns the logits, an array `(N, T)`.
     """
 
     build: Callable[..., tuple[keras.layers.Layer, Callable]]
     rows: Mapping[str, Callable[[keras.Model, np.ndarray], np.ndarray]]
     options: list[dict[str, Any]]
-    fit: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
+    logits: Callable[[keras.Model, np.ndarray], np.ndarray]
 
     def options_for(self, classes: int) -> list[dict[str, Any]]:
         """The options for a number of classes.
@@ -96,6 +94,11 @@ def _predict(model, x):
     return model.predict(x, batch_size=500, verbose=0)
 
 
+def _logits_of_head(model, x):
+    features, head = model.layers
+    return head(_predict(features, x), output="logits").numpy()
+
+
 def _softmax_of_logits(model, x):
     return tf.nn.log_softmax(_predict(model, x)).numpy()
 
@@ -113,7 +116,9 @@ def _in_mode(mode, samples, model, x):
         return _predict(model, x)
 
 
-DECAYS = (1e-4, 1e-3, 1e-2, 0.0, 3e-3, 3e-4)
+# The weight decays, and the L2 penalties of the features. The first are the defaults.
+DECAYS = (1e-4, 1e-3, 1e-2, 3e-3, 0.0, 3e-4, 3e-2, 3e-5, 1e-5)
+FEATURE_DECAYS = (0.0, 0.01, 0.001, 0.1)
 
 _SOFTMAX = {"(2)": _softmax_of_logits}
 _MODES = {
@@ -125,7 +130,7 @@ _MODES = {
 }
 _EXPECTED_FIRST = {"(18)": _MODES["(18)"], **_MODES}
 _FRACTIONS = (0.4, 0.2, 0.6)
-_ENTROPY_WEIGHTS = [{"entropy_weight": weight} for weight in (1.0, 3.0, 10.0, 0.1)]
+_ENTROPY_WEIGHTS = [{"entropy_weight": weight} for weight in (1.0, 3.0, 0.1, 10.0)]
 
 
 def _sampled(sampler):
@@ -133,33 +138,42 @@ def _sampled(sampler):
         partial(_logits_head, partial(SampledSoftmaxLoss, sampler=sampler)),
         _SOFTMAX,
         [{"sample_fraction": fraction} for fraction in _FRACTIONS],
+        _predict,
     )
 
 
 # The systems of the paper.
 SYSTEMS = {
-    "base": System(partial(_logits_head, _cross_entropy), _SOFTMAX, [{}]),
+    "base": System(partial(_logits_head, _cross_entropy), _SOFTMAX, [{}], _predict),
     "sampled-uniform": _sampled("uniform"),
     "sampled-learned": _sampled("learned_unigram"),
     "sparsemax": System(
-        partial(_logits_head, _sparsemax_loss), {"sparsemax": _sparsemax_of_logits}, [{}]
+        partial(_logits_head, _sparsemax_loss),
+        {"sparsemax": _sparsemax_of_logits},
+        [{}],
+        _predict,
     ),
     "attention": System(
-        partial(_dropmax_head, stochastic=False), {"(18)": _MODES["(18)"]}, _ENTROPY_WEIGHTS
+        partial(_dropmax_head, stochastic=False),
+        {"(18)": _MODES["(18)"]},
+        _ENTROPY_WEIGHTS,
+        _logits_of_head,
     ),
     "random": System(
         _dropmax_head,
         {name: _MODES[name] for name in ("(17) S=30", "(17) S=100", "(18)", "(2)")},
         [{"retain_probability": fraction} for fraction in _FRACTIONS],
+        _logits_of_head,
     ),
-    "adaptive": System(_dropmax_head, _EXPECTED_FIRST, _ENTROPY_WEIGHTS),
+    "adaptive": System(_dropmax_head, _EXPECTED_FIRST, _ENTROPY_WEIGHTS, _logits_of_head),
     "label": System(
         partial(_dropmax_head, posterior="label"),
         _EXPECTED_FIRST,
         [
             {"auxiliary_weight": auxiliary, "entropy_weight": entropy}
-            for auxiliary, entropy in ((0.1, 1.0), (1.0, 1.0), (0.1, 3.0), (1.0, 3.0))
+            for auxiliary, entropy in ((0.1, 1.0), (0.1, 3.0), (1.0, 1.0), (0.1, 0.1))
         ],
+        _logits_of_head,
     ),
 }
 
@@ -174,17 +188,6 @@ def _focal(classes, seed, l2, gamma):
 
 def _after(layer, classes, seed, l2):
     return keras.Sequential([layer, _logits(classes, seed, l2)]), _cross_entropy(seed)
-
-
-def _cooled(classes, seed, l2, temperature=1.0):
-    layers = [_logits(classes, seed, l2), peers.Cooled(temperature)]
-    return keras.Sequential(layers), _cross_entropy(seed)
-
-
-def _fit_temperature(log_probabilities, labels):
-    if not np.isfinite(log_probabilities).all():
-        return {"temperature": 1.0}  # The run diverged.
-    return {"temperature": round(best_temperature(log_probabilities, labels), 4)}
 
 
 def _dropout(classes, seed, l2, rate):
@@ -209,18 +212,18 @@ def _heteroscedastic(classes, seed, l2, temperature):
     return head, DropMaxLoss()
 
 
-def _features_decayed(classes, seed, l2, feature_decay):
-    return _after(keras.layers.ActivityRegularization(l2=feature_decay), classes, seed, l2)
+def _mean_logits(model, x):
+    features, head = model.layers
+    return head.branches[0](_predict(features, x)).numpy()
 
 
 # Other ways to improve the accuracy or the calibration of a softmax, and that softmax.
 PEERS = {
     "base": SYSTEMS["base"],
     "label-smoothing": System(
-        _smoothed, _SOFTMAX, [{"label_smoothing": amount} for amount in (0.1, 0.05, 0.2)]
+        _smoothed, _SOFTMAX, [{"label_smoothing": amount} for amount in (0.1, 0.05, 0.2)], _predict
     ),
-    "focal": System(_focal, _SOFTMAX, [{"gamma": gamma} for gamma in (2.0, 1.0, 3.0)]),
-    "temperature": System(_cooled, _SOFTMAX, [{}], _fit_temperature),
+    "focal": System(_focal, _SOFTMAX, [{"gamma": gamma} for gamma in (2.0, 1.0, 3.0)], _predict),
     "mc-dropout": System(
         _dropout,
         {
@@ -229,31 +232,49 @@ PEERS = {
             **_SOFTMAX,
         },
         [{"rate": rate} for rate in (0.5, 0.2, 0.7)],
+        _predict,
     ),
     "heteroscedastic": System(
-        _heteroscedastic, {"S=30": _predict}, [{"temperature": t} for t in (1.0, 0.5, 2.0)]
-    ),
-    "feature-decay": System(
-        _features_decayed, _SOFTMAX, [{"feature_decay": weight} for weight in (0.01, 0.001, 0.1)]
+        _heteroscedastic,
+        {"S=30": _predict},
+        [{"temperature": t} for t in (1.0, 0.5, 2.0)],
+        _mean_logits,
     ),
 }
 
 _ablated_head = partial(_dropmax_head, head_class=AblatedHead)
+_ablated = {name: _MODES[name] for name in ("(18)", "(16)", "(2)")}
 
 
 def _ablation(masks, kl, entropy):
     parts = {"masks": masks, "kl": kl}
     name = "+".join(name for name, on in {**parts, "entropy": entropy}.items() if on)
     weights = _ENTROPY_WEIGHTS if entropy else [{"entropy_weight": 0.0}]
-    rows = {name: _MODES[name] for name in ("(18)", "(16)", "(2)")}
-    return name or "nothing", System(_ablated_head, rows, [{**parts, **each} for each in weights])
+    options = [{**parts, **each} for each in weights]
+    return name or "nothing", System(_ablated_head, _ablated, options, _logits_of_head)
 
 
-# Every combination of the three parts of (15), and the entropy term beside a plain softmax.
+def _label(**settings):
+    build = partial(_ablated_head, posterior="label")
+    return System(build, _ablated, [settings], _logits_of_head)
+
+
+# Every combination of the three parts of (15), the entropy term beside a plain softmax, and the
+# label posterior without one of its four parts.
 ABLATIONS = dict(_ablation(*parts) for parts in product((False, True), repeat=3))
-ABLATIONS["softmax, entropy"] = System(
-    partial(_ablated_head, retain=False), {"(2)": _MODES["(2)"]}, _ENTROPY_WEIGHTS
+ABLATIONS["softmax-entropy"] = System(
+    partial(_ablated_head, retain=False),
+    {"(2)": _MODES["(2)"]},
+    _ENTROPY_WEIGHTS,
+    _logits_of_head,
 )
+ABLATIONS |= {
+    "label-all": _label(),
+    "label-no-masks": _label(masks=False),
+    "label-no-kl": _label(kl=False),
+    "label-no-entropy": _label(entropy_weight=0.0),
+    "label-no-auxiliary": _label(auxiliary_weight=0.0),
+}
 
 GROUPS = {"paper": SYSTEMS, "parts": ABLATIONS, "peers": PEERS}
 ALL = {name: system for group in GROUPS.values() for name, system in group.items()}

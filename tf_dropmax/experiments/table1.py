@@ -19,7 +19,9 @@ from scipy import stats
 from tf_dropmax.experiments import data, runner, train
 from tf_dropmax.experiments.console import wide_console
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.systems import DECAYS, GROUPS, System
+from tf_dropmax.experiments.systems import ALL, DECAYS, FEATURE_DECAYS, GROUPS, System
+
+Variant = dict[str, Any]  # What distinguishes jobs of the same method.
 
 SEARCH_SEED = 1000  # Seed of the searches. The final runs have seeds 0, 1, ...
 
@@ -50,8 +52,7 @@ PAPER = {
 def run(
     column: str,
     protocol: str = "released",
-    systems: str = "paper",
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] = ("paper",),
     seeds: int = 5,
     iterations: int | None = None,
     workers: int = 2,
@@ -64,18 +65,19 @@ def run(
     Args:
         column: A key of `train.COLUMNS`.
         protocol: A key of `train.PROTOCOLS`. Defaults to `"released"`.
-        systems: A key of `GROUPS`. `"paper"` are the systems of the paper. `"parts"` is adaptive
-            DropMax with parts of its objective switched off. `"peers"` are other ways to improve a
-            softmax. Defaults to `"paper"`.
-        methods: Sequence of names of systems in that group. `None` takes all. Defaults to `None`.
+        methods: Sequence of names of systems, or of groups: keys of `ALL` and `GROUPS`. Group
+            `"paper"` is the systems of the paper, `"parts"` DropMax with parts of its objective
+            switched off, `"peers"` other ways to improve a softmax. Defaults to `("paper",)`.
         seeds: Positive int, number of final runs of each method. Defaults to 5.
         iterations: Positive int, training steps of a run. `None` takes those of the protocol.
             Defaults to `None`.
         workers: Positive int, number of processes. Defaults to 2.
-        budget: Positive int, at most 6, number of settings that are tried for each method. First
-            weight decays are tried, then the method's own settings with the best weight decay. The
-            latter use at most half of the budget. 1 searches nothing: each method has its default
-            settings and the weight decay of the authors' code. Defaults to 6.
+        budget: Positive int, at most 9, number of settings that are tried for each method. First
+            weight decays are tried, then L2 penalties of the features with the best weight decay,
+            then the method's own settings with the best of both. Each of the last two uses at most
+            a third of the budget. The calibrated measures have the temperature that is fitted to
+            the validation data of the best trial. 1 searches and calibrates nothing: each method
+            has its default settings and the weight decay of the authors' code. Defaults to 6.
         weights: Path of a `.weights.h5` file from which the network without its head starts.
             `None` starts from random weights. Defaults to `None`.
         output: Path of the results file. `None` is `table1-COLUMN-PROTOCOL.jsonl`. Defaults to
@@ -85,10 +87,7 @@ def run(
         UserError: If an argument is not as above, or the data cannot be read, or as `runner.run`.
     """
     console = wide_console(220)
-    group = GROUPS[systems]
-    methods = list(dict.fromkeys(methods or group))
-    if not set(methods) <= set(group):
-        raise UserError(f"The methods are {', '.join(group)}. Received: {', '.join(methods)}.")
+    chosen = _systems(methods)
     if budget > len(DECAYS):
         raise UserError(
             f"The budget is at most {len(DECAYS)}, so that all methods can use it. "
@@ -106,54 +105,77 @@ def run(
     output = Path(output or f"table1-{column}-{protocol}.jsonl")
     execute = partial(train.execute, folder=str(output.with_suffix(".part")))
 
-    def run_jobs(phase, settings, seeds):
+    def run_jobs(phase, seeds, variants):
         jobs = [
-            {**same, "method": method, "settings": each, "seed": seed, "phase": phase}
+            {**same, "method": method, "seed": seed, "phase": phase, **variant}
             for seed in seeds
-            for method, tried in settings.items()
-            for each in tried
+            for method, tried in variants.items()
+            for variant in tried
         ]
         return runner.run(execute, jobs, output, workers, console)
 
-    chosen = _chosen_settings(
-        {method: group[method] for method in methods},
+    finals = _finals(
+        chosen,
         train.COLUMNS[column].classes,
         budget,
-        partial(run_jobs, "search", seeds=[SEARCH_SEED]),
+        FEATURE_DECAYS if train.PROTOCOLS[protocol].learns_features else FEATURE_DECAYS[:1],
+        partial(run_jobs, "search", [SEARCH_SEED]),
     )
-    finals = {method: [settings] for method, settings in chosen.items()}
-    console.print(table(run_jobs("final", finals, range(seeds))))
+    console.print(table(run_jobs("final", range(seeds), finals)))
 
 
-def _chosen_settings(
+def _systems(names: Sequence[str]) -> dict[str, System]:
+    """The systems with some names or in groups with some names, by name."""
+    unknown = [name for name in names if name not in ALL and name not in GROUPS]
+    if unknown:
+        raise UserError(
+            f"The methods are {', '.join(ALL)}. Groups of methods are {', '.join(GROUPS)}. "
+            f"Received: {', '.join(unknown)}."
+        )
+    groups = (GROUPS.get(name) or {name: ALL[name]} for name in names)
+    return {method: system for group in groups for method, system in group.items()}
+
+
+def _finals(
     systems: dict[str, System],
     classes: int,
     budget: int,
-    search: Callable[[dict[str, list[dict[str, Any]]]], list[runner.Record]],
-) -> dict[str, dict[str, Any]]:
-    """The best settings of each method.
+    feature_decays: Sequence[float],
+    search: Callable[[dict[str, list[Variant]]], list[runner.Record]],
+) -> dict[str, list[Variant]]:
+    """The best settings of each method, and the temperatures of their predictions.
 
     Args:
         systems: Dictionary of systems by method.
         classes: Number of classes.
         budget: As for `run`.
-        search: Function from lists of settings by method to the records of their runs.
+        feature_decays: The L2 penalties of the features that may be tried.
+        search: Function from lists of variants by method to the records of their runs.
 
     Returns:
-        Dictionary of settings by method.
+        Dictionary of lists with one variant, by method.
     """
     options = {method: system.options_for(classes) for method, system in systems.items()}
     defaults = {method: {"l2": DECAYS[0], **own[0]} for method, own in options.items()}
     if budget == 1:
-        return defaults
-    others = {method: own[1:][: budget // 2] for method, own in options.items()}
-    decays = {method: DECAYS[: budget - len(own)] for method, own in others.items()}
-    tried = {m: [{**defaults[m], "l2": l2} for l2 in decays[m]] for m in systems}
-    best = {m: record["job"]["settings"] for m, record in _best(search(tried)).items()}
-    tried = {m: [best[m], *({**best[m], **other} for other in others[m])] for m in systems}
+        return {method: [{"settings": settings}] for method, settings in defaults.items()}
+    penalties = [{"feature_decay": decay} for decay in feature_decays[1:][: budget // 3]]
+    others = {method: own[1:][: budget // 3] for method, own in options.items()}
+    best, found = defaults, {}
+    stages = {method: [penalties, others[method]] for method in systems}
+    for later in stages.values():
+        count = budget - sum(map(len, later))
+        later.insert(0, [{"l2": decay} for decay in DECAYS[1:count]])
+    for stage in range(3):
+        tried = {
+            method: [{"settings": {**best[method], **change}} for change in ({}, *changes[stage])]
+            for method, changes in stages.items()
+        }
+        found = _best(search(tried))
+        best = {method: record["job"]["settings"] for method, record in found.items()}
     return {
-        method: {**record["job"]["settings"], **record["result"].get("fitted", {})}
-        for method, record in _best(search(tried)).items()
+        method: [{"settings": best[method], "temperatures": record["result"]["temperatures"]}]
+        for method, record in found.items()
     }
 
 
@@ -193,7 +215,16 @@ def table(records: Sequence[runner.Record]) -> Table:
         "interval",
         box=MARKDOWN,
     )
-    for name in ("method", "predicted by", "median", "mean +- sd", "NLL", "ECE %", "difference"):
+    further = list(
+        dict.fromkeys(
+            name
+            for record in records
+            for measures in record["result"]["measures"].values()
+            for name in measures
+            if name != "error %"
+        )
+    )
+    for name in ("method", "predicted by", "median", "mean +- sd", *further, "difference"):
         result.add_column(name)
     for name in ("ms/step", "settings", "paper"):
         result.add_column(name)
@@ -215,8 +246,10 @@ def table(records: Sequence[runner.Record]) -> Table:
             row,
             f"{np.median(errors):.2f}",
             f"{errors.mean():.2f} +- {errors.std(ddof=1) if seeds > 1 else np.nan:.2f}",
-            f"{np.mean(measures['NLL']):.3f}",
-            f"{np.mean(measures['ECE %']):.2f}",
+            *(
+                f"{np.mean(measures[name]):.{2 if '%' in name else 3}f}" if name in measures else ""
+                for name in further
+            ),
             _difference(errors, base) if base and method != "base" else "",
             f"{np.median(times[method]):.1f}",
             ", ".join(f"{name} {value:g}" for name, value in chosen[method].items()),

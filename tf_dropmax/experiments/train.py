@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,12 @@ import tensorflow as tf
 
 from tf_dropmax.experiments import data, networks
 from tf_dropmax.experiments.checkpoint import Checkpoint
-from tf_dropmax.experiments.measures import measures_of
+from tf_dropmax.experiments.measures import (
+    calibrated_measures,
+    fitted_temperature,
+    measures_of,
+    out_of_scope_auroc,
+)
 from tf_dropmax.experiments.runner import Job
 from tf_dropmax.experiments.systems import ALL
 
@@ -24,9 +30,9 @@ class Column(NamedTuple):
     Attributes:
         dataset: A key of `data.LOADERS`.
         classes: The number of classes.
-        train_per_class: Training images of each class in a final run. `None` takes all.
+        train_per_class: Training examples of each class in a final run. `None` takes all.
         search_per_class: The same while settings are searched.
-        validation: Validation images.
+        validation: Validation examples.
         iterations: Training steps of the protocol `"released"`.
     """
 
@@ -43,10 +49,12 @@ class Protocol(NamedTuple):
 
     Attributes:
         network: Function `network(shape, seed, l2)`; see `networks`.
-        batch: Images in a batch.
+        batch: Examples in a batch.
         learning_rate: The initial learning rate of Adam.
         decays: Whether it is divided by 10 after 1/3 and after 2/3 of the iterations.
         iterations: Training steps. `None` takes those of the column.
+        learns_features: Whether the network has weights. Otherwise an L2 penalty of the features
+            changes nothing.
     """
 
     network: Callable[..., keras.Model]
@@ -54,6 +62,7 @@ class Protocol(NamedTuple):
     learning_rate: float
     decays: bool
     iterations: int | None
+    learns_features: bool = True
 
 
 # The iterations are 200 epochs of the 1,000 and 5,000 images of MNIST, 1,000 epochs of the 200
@@ -68,17 +77,29 @@ COLUMNS = {
     "cifar-10": Column("cifar10", 10, None, None, 5000, 64_000),
     "cifar-100": Column("cifar100", 100, None, None, 5000, 64_000),
     "awa2": Column("awa2", 50, None, None, 5000, 20_000),
+    "cifar-10-5k": Column("cifar10_jpeg", 10, 500, 500, 5000, 4000),
     "digits": Column("digits", 10, 30, 30, 300, 600),
+    "banking77-5": Column("banking77", 77, 5, 5, 2000, 1000),
+    "banking77-10": Column("banking77", 77, 10, 10, 2000, 1000),
+    "banking77": Column("banking77", 77, None, None, 2000, 3000),
+    "clinc150-5": Column("clinc150", 150, 5, 5, 3000, 1000),
+    "clinc150-10": Column("clinc150", 150, 10, 10, 3000, 1000),
+    "clinc150": Column("clinc150", 150, None, None, 3000, 3000),
 }
 _lenet_he = partial(networks.lenet, start=keras.initializers.HeNormal)
-# The schedules of "resnet" (for CIFAR) and "alexnet" (for AwA2) are not the authors'.
+_hidden = partial(networks.mlp, width=512, start=keras.initializers.GlorotUniform)
+# The schedules of the residual networks (for CIFAR) and "alexnet" (for AwA2) are not the authors'.
+# "linear" and "hidden" are for embeddings.
 PROTOCOLS = {
     "paper": Protocol(networks.tutorial_cnn, 50, 1e-4, False, 20_000),
     "released": Protocol(networks.lenet, 100, 1e-3, True, None),
     "released-he": Protocol(_lenet_he, 100, 1e-3, True, None),
     "resnet": Protocol(networks.resnet34, 128, 1e-3, True, None),
     "alexnet": Protocol(networks.alexnet, 128, 1e-4, True, None),
+    "small-resnet": Protocol(networks.resnet14, 128, 1e-3, True, None),
     "small": Protocol(networks.mlp, 50, 1e-3, True, None),
+    "linear": Protocol(networks.identity, 100, 1e-3, True, None, learns_features=False),
+    "hidden": Protocol(_hidden, 100, 1e-3, True, None),
 }
 _CURVE_POINTS = 24  # Their steps form a geometric series.
 
@@ -94,6 +115,9 @@ def execute(job: Job, folder: Path | str | None = None) -> dict[str, Any]:
         job: `{"column", "protocol", "iterations", "method", "settings", "seed", "phase"}`. Phase
             `"search"` measures on validation data and does not use the test data. Phase `"final"`
             measures on test data. Phase `"curve"` is the same and also measures during training.
+            The settings contain `"l2"`, the weight decay, and may contain `"feature_decay"`, the
+            weight of an L2 penalty of the features (`keras.layers.ActivityRegularization`). The
+            optional `"temperatures"`, `{row: temperature}`, are those of the calibrated measures.
             The optional `"weights"` is the path of a `.weights.h5` file from which the network
             without its head starts. Otherwise it starts from random weights.
         folder: Path of the folder for checkpoints, from which a killed run continues, or `None`.
@@ -102,9 +126,10 @@ def execute(job: Job, folder: Path | str | None = None) -> dict[str, Any]:
     Returns:
         `{"measures": {row: {measure: number}}, "loss": [training loss of every epoch], "seconds",
         "steps"}`. `"seconds"` is the time of the training, `"steps"` the number of its steps. A
-        search may add `"fitted"`, the settings that the system fits to validation data. Phase
-        `"curve"` adds `"curve": [{"step", "train": {measure: number}, "test": {measure:
-        number}}]`, the measures of the first row.
+        search adds `"temperatures"`, fitted to the validation data. Phase `"curve"` adds
+        `"curve": [{"step", "train": {measure: number}, "test": {measure: number}}]`, the
+        measures of the first row. If the data set has examples of no class, a final run also
+        measures how well the largest logit and the entropy tell them apart.
     """
     keras.backend.clear_session()  # Otherwise a worker keeps the graphs of all its jobs.
     protocol, system, seed = PROTOCOLS[job["protocol"]], ALL[job["method"]], job["seed"]
@@ -136,25 +161,50 @@ def execute(job: Job, folder: Path | str | None = None) -> dict[str, Any]:
     seconds = checkpoint.seconds()
     x, y = split.validation if job["phase"] == "search" else split.test
     predictions = {row: predict(model, x) for row, predict in rows.items()}
-    result = {
-        "measures": {row: measures_of(log_p, y) for row, log_p in predictions.items()},
-        "loss": checkpoint.losses,
-    }
-    if job["phase"] == "search" and system.fit:
-        result["fitted"] = system.fit(predictions[first_row], y)
+    measures = {row: measures_of(log_p, y) for row, log_p in predictions.items()}
+    result: dict[str, Any] = {"measures": measures, "loss": checkpoint.losses}
+    if job["phase"] == "search":
+        result["temperatures"] = {
+            row: fitted_temperature(log_p, y) for row, log_p in predictions.items()
+        }
+    for row, temperature in job.get("temperatures", {}).items():
+        measures[row] |= calibrated_measures(predictions[row], y, temperature)
+    if job["phase"] != "search" and dataset.x_out_of_scope is not None:
+        for row, measured in _out_of_scope(system, model, x, dataset.x_out_of_scope).items():
+            measures[row] |= measured
     if job["phase"] == "curve":
         result["curve"] = checkpoint.curve
     checkpoint.remove()
     return {**result, "seconds": seconds, "steps": steps * epochs}
 
 
+def _out_of_scope(system, model, known, unknown):
+    """`{row: {measure: number}}`. The logits are the same for every way to predict."""
+
+    def auroc(score):
+        return out_of_scope_auroc(score(known), score(unknown))
+
+    def certainty(predict, x):
+        log_p = predict(model, x)
+        return np.sum(np.exp(log_p) * log_p, axis=-1)
+
+    by_logit = auroc(lambda x: system.logits(model, x).max(axis=-1))
+    return {
+        row: {"AUROC %, logit": by_logit, "AUROC %, entropy": auroc(partial(certainty, predict))}
+        for row, predict in system.rows.items()
+    }
+
+
 def _compiled_model(job: Job, dataset: data.Dataset) -> keras.Model:
     protocol = PROTOCOLS[job["protocol"]]
     settings = dict(job["settings"])
-    l2 = settings.pop("l2")
+    l2, feature_decay = settings.pop("l2"), settings.pop("feature_decay", 0.0)
     features = protocol.network(dataset.x.shape[1:], job["seed"], l2)
     if "weights" in job:
         features.load_weights(job["weights"])
+    if feature_decay:
+        penalty = keras.layers.ActivityRegularization(l2=feature_decay)
+        features = keras.Sequential([features, penalty])
     head, loss = ALL[job["method"]].build(dataset.classes, job["seed"], l2, **settings)
     model = keras.Sequential([features, head])
     model.compile(keras.optimizers.Adam(_learning_rate(protocol, job["iterations"])), loss)
@@ -164,15 +214,21 @@ def _compiled_model(job: Job, dataset: data.Dataset) -> keras.Model:
 def split_for(job: Job) -> tuple[data.Dataset, data.Split]:
     """The data set of a job and its split.
 
-    A search neither trains nor validates on an image that tests in a final run.
+    A search neither trains nor validates on an example that tests in a final run.
     """
     column, search = COLUMNS[job["column"]], job["phase"] == "search"
-    dataset = data.LOADERS[column.dataset]()
+    dataset = _loaded(data.LOADERS[column.dataset])
     if dataset.x_test is None:
         dataset = data.hold_out(dataset, 50)
     per_class = column.search_per_class if search else column.train_per_class
     held_out = column.validation if search or per_class == column.search_per_class else 0
     return dataset, data.split(dataset, per_class, held_out, job["seed"])
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(loader: Callable[[], data.Dataset]) -> data.Dataset:
+    """The data set, which a worker keeps for its next job."""
+    return loader()
 
 
 def _learning_rate(protocol, iterations):
