@@ -14,8 +14,9 @@ The setting that matters most is `entropy_weight`. You can tune it without this 
 >>> objective = keras_tuner.Objective("val_nll", "min")
 >>> tuner = keras_tuner.RandomSearch(build, objective, max_trials=20, directory=directory)
 
-`dropmax_head` knows the other settings that are worth a search, with their ranges.
-`DropMaxHyperModel` also builds and compiles the model.
+`dropmax_head` knows the other settings that are worth a search, with their ranges. `feature_decay`
+is a layer before the head with a penalty that is worth a search too. `DropMaxHyperModel` also
+builds and compiles the model.
 
 The objective must mean the same in every trial. Use a metric on validation data: `val_nll` as
 above, or `val_accuracy`. The training loss contains `entropy_weight`, so a tuner could lower it
@@ -143,6 +144,34 @@ def _check_effects(tune: set[str], retain_probability: Any, stochastic: Any) -> 
         )
 
 
+def feature_decay(hp: keras_tuner.HyperParameters) -> keras.layers.ActivityRegularization:
+    """An L2 penalty of the features, a layer between the network and its head.
+
+    The penalty is `l2` times the squared norm of the features, averaged over the batch. (Before
+    version 3.13, Keras adds it up over the batch.) The entry `"feature_decay"` is 0, 0.001, 0.01
+    or 0.1. The penalty can save many errors if there are few examples of a class. It changes how
+    confident the predictions are: calibrate the model afterwards.
+
+    Args:
+        hp: A `keras_tuner.HyperParameters`.
+
+    Returns:
+        A `keras.layers.ActivityRegularization`.
+
+    Example:
+
+    >>> space = keras_tuner.HyperParameters()
+    >>> inputs, hidden = keras.Input((4,)), keras.layers.Dense(8, "relu")
+    >>> layers = [inputs, hidden, tuning.feature_decay(space), tuning.dropmax_head(space, 3)]
+    >>> model = keras.Sequential(layers)
+    >>> space.values
+    {'feature_decay': 0.0, 'entropy_weight': 1.0}
+    """
+    return keras.layers.ActivityRegularization(
+        l2=hp.Choice("feature_decay", [0.0, 0.001, 0.01, 0.1])
+    )
+
+
 class DropMaxHyperModel(keras_tuner.HyperModel):
     """A hypermodel: your features, a head with tuned settings on top, compiled.
 
@@ -156,7 +185,8 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
             new model, unless the model has no trainable weights.
         units: Positive int, the number of classes T.
         optimizer: String, or function of `hp` that returns an optimizer. Defaults to `"adam"`.
-        tune: As for `dropmax_head`. Defaults to `("entropy_weight",)`.
+        tune: As for `dropmax_head`. It may also contain `"feature_decay"`, the penalty of the
+            function `feature_decay`. Defaults to `("entropy_weight",)`.
         **kwargs: Arguments of `DropMaxHead`, except those that are tuned.
 
     Raises:
@@ -220,7 +250,8 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
 
         Raises:
             ValueError: If `features` returns no built functional or sequential model, a model
-                without exactly one output, or a trainable model that it has returned before; or as
+                without exactly one output, or a trainable model that it has returned before; if
+                `"feature_decay"` is tuned and the model has no trainable weights; or as
                 `dropmax_head`.
             TypeError: As `dropmax_head`.
 
@@ -237,9 +268,18 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         {'width': 8, 'entropy_weight': 1.0}
         """
         features = self._features(hp)
-        head = dropmax_head(hp, self.units, self.tune, **self.kwargs)
         inputs = features.inputs[0] if isinstance(features, keras.Sequential) else features.input
-        model = keras.Model(inputs, head(features.outputs[0]))
+        output, of_head = features.outputs[0], set(self.tune)
+        if "feature_decay" in of_head:
+            if not features.trainable_variables:
+                raise ValueError(
+                    '`tune` must not contain "feature_decay" if the features have no trainable '
+                    f"weights, because it has no effect. Received: tune={self.tune}"
+                )
+            of_head.remove("feature_decay")
+            output = feature_decay(hp)(output)
+        head = dropmax_head(hp, self.units, of_head, **self.kwargs)
+        model = keras.Model(inputs, head(output))
         optimizer = self.optimizer if isinstance(self.optimizer, str) else self.optimizer(hp)
         metrics = ["accuracy", NegativeLogLikelihood(name="nll")]
         model.compile(optimizer, DropMaxLoss(), metrics=metrics)

@@ -11,6 +11,7 @@ import keras_tuner
 import numpy as np
 import pytest
 from keras_tuner import HyperParameters
+from packaging.version import Version
 
 from tf_dropmax import DropMaxHead, tuning
 from tf_dropmax.tuning import DropMaxHyperModel, dropmax_head
@@ -130,6 +131,34 @@ def test_wrong_arguments():
     x = keras.Input((6,))
     with pytest.raises(ValueError, match=r"a model with one output\. Received: 2 outputs"):
         DropMaxHyperModel(lambda hp: keras.Model(x, [x + 1, x + 2]), 3).build(HyperParameters())
+
+
+def test_the_penalty_of_the_features(rng):
+    tune = ["feature_decay", "entropy_weight"]
+    space = HyperParameters()
+    x = rng.normal(size=(5, 6)).astype("float32")
+    model = DropMaxHyperModel(features, 4, tune=tune).build(space)
+    assert space.values == {"feature_decay": 0.0, "entropy_weight": 1.0}
+    space.values["feature_decay"] = 0.1
+    model = DropMaxHyperModel(features, 4, tune=tune, retain_kernel_initializer="zeros").build(
+        space
+    )
+    penalty = model.layers[-2]
+    hidden = keras.Model(model.input, penalty.input)(x).numpy()
+    model(x, training=True)
+    # Before 3.13, Keras does not divide by the size of the batch.
+    batch = 5 if Version(keras.__version__) >= Version("3.13") else 1
+    entropy = 4 * np.log(2)
+    expected = 0.1 * np.square(hidden).sum() / batch - entropy
+    assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
+
+    def frozen(hp):
+        model = features(hp)
+        model.trainable = False
+        return model
+
+    with pytest.raises(ValueError, match='"feature_decay" if the features have no trainable'):
+        DropMaxHyperModel(frozen, 4, tune=tune).build(HyperParameters())
 
 
 def test_trials_do_not_share_trained_weights(tmp_path, blobs):
