@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -32,8 +32,8 @@ def calibrate(
     predictions the likelihood never gets worse. To undo the calibration, call
     `set_predict_temperature(model, 1.0)`.
 
-    Keras masks do not reach this function. Give padded positions the `sample_weight` 0. Their
-    labels are ignored.
+    Keras masks and the `ignore_class` of the loss do not reach this function. Give such positions
+    the `sample_weight` 0. Their labels are ignored.
 
     Use data that the model was not trained on and that you do not test on. Temperature scaling is
     by Guo et al., On Calibration of Modern Neural Networks, ICML 2017. This function needs scipy:
@@ -51,13 +51,13 @@ def calibrate(
             Defaults to 256.
 
     Returns:
-        Float, the temperature. It is 1.0 if no other temperature is better.
+        Float, the temperature, between 0.01 and 100. It is 1.0 if no other temperature is better.
 
     Raises:
-        ValueError: If the model has not one head and one output, or the output is not
-            log-probabilities; if there are no examples, all labels are the same class, or a
-            log-probability, label or weight is not finite or a weight or label negative. The
-            model is then unchanged.
+        ValueError: If `model` is not a model with one head and one output, or the output is not
+            log-probabilities; if the data are not as above; if there are no examples, all labels
+            are the same class, or a log-probability, label or weight is not finite or a weight or
+            label negative. The model is then unchanged.
         tf.errors.InvalidArgumentError: If a sparse label is not in [0, T). The model is then
             unchanged.
         ImportError: If scipy is not installed.
@@ -75,20 +75,20 @@ def calibrate(
     heads = heads_of(model)
     if len(heads) != 1:
         raise ValueError(f"Expected a model with one DropMaxHead. Received: {len(heads)} heads")
-    before = heads[0].predict_temperature
-    set_predict_temperature(model, 1.0)
-    try:
-        predictions = _predictions(model, heads[0].units, _batches(x, y, sample_weight, batch_size))
-        temperature = best_temperature(*predictions)
-    except BaseException:
-        set_predict_temperature(model, before)
-        raise
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a keras.Model. Received: a layer, {model.name!r}")
+    _scipy()  # Before the predictions, which may take long.
+    batches = _batches(x, y, sample_weight, batch_size)
+    log_p, labels, weights = _predictions(model, heads[0].units, batches)
+    # The softmax of these is the prediction at a temperature of 1.
+    logits = heads[0].predict_temperature * log_p.astype("float64")
+    temperature = best_temperature(logits, labels, weights)
     set_predict_temperature(model, temperature)
     return temperature
 
 
 def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -> float:
-    """The temperature with the smallest negative log-likelihood, between 0.01 and 100.
+    """The temperature between 0.01 and 100 with the smallest negative log-likelihood.
 
     Args:
         log_probabilities: Array of log-probabilities or logits, shape `(N, T)`.
@@ -110,12 +110,7 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
     >>> round(best_temperature(logits, [0, 0, 0, 1]), 2)  # three of four are right
     1.82
     """
-    try:
-        from scipy.optimize import minimize_scalar
-        from scipy.special import logsumexp
-    except ImportError as error:
-        message = "Calibration needs scipy: pip install 'tf_dropmax[calibration]'"
-        raise ImportError(message) from error
+    minimize_scalar, logsumexp = _scipy()
     logits = np.asarray(log_probabilities, "float64")
     rows = np.ones(len(logits)) if weights is None else np.asarray(weights, "float64")
     _check_finite("log-probabilities", logits)
@@ -142,6 +137,16 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
     options = {"xatol": 1e-8}
     best = float(minimize_scalar(loss, bounds=bounds, method="bounded", options=options).x)
     return float(np.exp(best)) if loss(best) < loss(0.0) else 1.0
+
+
+def _scipy() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    try:
+        from scipy.optimize import minimize_scalar
+        from scipy.special import logsumexp
+    except ImportError as error:
+        message = "Calibration needs scipy: pip install 'tf_dropmax[calibration]'"
+        raise ImportError(message) from error
+    return minimize_scalar, logsumexp
 
 
 def _dense(labels: Any, values: np.ndarray) -> np.ndarray:
@@ -173,13 +178,24 @@ def _batches(x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[An
             yield keras.utils.unpack_x_y_sample_weight(batch)
         return
     check_positive_int("batch_size", batch_size)
+    if y is None:
+        raise ValueError(
+            "Expected labels `y`, or `x` as a tf.data.Dataset, keras.utils.PyDataset or generator "
+            f"of batches (x, y). Received: x of type {type(x).__name__} and no y"
+        )
+    parts = [*keras.tree.flatten(x), y, *([] if sample_weight is None else [sample_weight])]
+    no_arrays = [type(part).__name__ for part in parts if not np.ndim(part)]
+    if no_arrays:
+        raise ValueError(
+            "`x`, `y` and `sample_weight` must be arrays or tensors, and `x` may be a structure of "
+            f"them. Received: a part of type {no_arrays[0]}"
+        )
     y, sample_weight = (None if each is None else np.asarray(each) for each in (y, sample_weight))
-    parts = [part for part in (*keras.tree.flatten(x), y, sample_weight) if part is not None]
-    sizes = {len(part) for part in parts}
-    if y is None or len(sizes) != 1:
+    sizes = sorted({len(part) for part in parts})
+    if len(sizes) != 1:
         raise ValueError(
             "`x`, `y` and `sample_weight` must have as many examples. "
-            f"Received: y of type {type(y).__name__}, parts with {sorted(sizes)} examples"
+            f"Received: arrays of {' and '.join(map(str, sizes))} examples"
         )
     for start in range(0, len(y), batch_size):
         rows = slice(start, start + batch_size)
@@ -200,8 +216,9 @@ def _predictions(
         log_p = model.predict(x, batch_size=examples, verbose=0)
         if not isinstance(log_p, np.ndarray) or log_p.shape[-1] != units:
             raise ValueError(
-                f"Expected a model whose one output has shape (batch, ..., {units}). "
-                f"Received: {keras.tree.map_structure(np.shape, log_p)}"
+                f"Expected a model whose one output has shape (batch, ..., {units}). If the model "
+                "has other outputs, calibrate a `keras.Model` of its inputs and the output of the "
+                f"head. Received: {keras.tree.map_structure(np.shape, log_p)}"
             )
         total = np.exp(log_p.astype("float64")).sum(axis=-1)
         if (np.abs(total - 1) > 1e-3).any():  # NaN passes and is refused later.
@@ -215,8 +232,15 @@ def _predictions(
         weights: np.ndarray = np.asarray(1.0 if sample_weight is None else sample_weight)
         while weights.ndim >= log_p.ndim and weights.shape[-1] == 1:
             weights = weights[..., 0]
-        weights = weights.reshape(weights.shape + (1,) * (log_p.ndim - 1 - weights.ndim))
-        weights = np.broadcast_to(weights, log_p.shape[:-1])
+        given, positions = np.shape(sample_weight), log_p.shape[:-1]
+        weights = weights.reshape(weights.shape + (1,) * (len(positions) - weights.ndim))
+        try:
+            weights = np.broadcast_to(weights, positions)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected a sample weight for each of {positions[0]} examples, or for each "
+                f"position {positions} of the predictions. Received: weights of shape {given}"
+            ) from error
         if y.size == weights.size:  # Sparse labels: those without weight may be any number.
             y = np.where(weights.reshape(y.shape) == 0, 0, y)
         dense = _dense(y, log_p)

@@ -1,6 +1,7 @@
 """`calibrate`: one temperature a mode, fitted by likelihood."""
 
 import json
+import sys
 
 import keras
 import numpy as np
@@ -182,8 +183,13 @@ def test_bad_data_leaves_the_model_as_it_was(data, labels):
             ((x, y, 0 * weights), "positive weight"),
             ((x, y, np.where(np.arange(300) == 3, -1.0, 1.0)), "labels and weights >= 0"),
             ((x, np.where(np.arange(4) == y[:, None], np.nan, 0.0)), "finite labels"),
-            ((x,), "`y` of type NoneType|y of type NoneType"),
-            ((x, y[:5]), "as many examples"),
+            ((x,), "Expected labels `y`.*x of type ndarray and no y"),
+            (([(x, y)],), "generator of batches.*x of type list and no y"),
+            ((x, y[:5]), "as many examples.*5 and 300 examples"),
+            ((x.tolist(), y), "must be arrays or tensors.*type float"),
+            ((None, y), "must be arrays or tensors.*type NoneType"),
+            ((x, {"a": y}), "must be arrays or tensors.*type dict"),
+            ((x, y, weights[:, None] * np.ones(3)), r"256 examples.*shape \(256, 3\)"),
             ((x[:0], y[:0]), "Expected examples"),
             ((Batches(x, y), y), "must be `None`"),
             ((Batches(x),), "without labels"),
@@ -209,6 +215,7 @@ def test_models_that_cannot_be_calibrated(data):
     outputs = keras.Model(inputs, {"a": head(inputs), "b": head(inputs, output="logits")})
     for model, message in [
         (plain, "at least one DropMaxHead"),
+        (DropMaxHead(4), r"Expected a keras\.Model.*a layer"),
         (two, "one DropMaxHead.*Received: 2"),
         (outputs, "one output"),
         (keras.Sequential([classifier(), keras.layers.Softmax()]), "log-probabilities"),
@@ -225,9 +232,23 @@ def test_models_that_cannot_be_calibrated(data):
 
 
 def test_without_scipy_the_error_says_what_to_install(data, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    model = classifier()
     with pytest.raises(ImportError, match=r"pip install 'tf_dropmax\[calibration\]'"):
-        calibrate(classifier(), *data)
+        calibrate(model, *data)
+    assert model.predict_function is None  # It did not predict first.
+
+
+def test_the_given_predictions_are_those_of_one_graph(data):
+    """The present temperature is taken out of the predictions, so they need no other graph."""
+    model = classifier()
+    set_predict_temperature(model, 3.0)
+    model.predict(data[0], verbose=0)
+    function = model.predict_function
+    model.layers[-1].call = None  # Tracing the head again would fail.
+    temperature = calibrate(model, *data)
+    assert temperature == pytest.approx(calibrate(classifier(), *data), rel=1e-4)
+    assert model.predict_function is not function
 
 
 @given(
