@@ -64,22 +64,40 @@ def test_the_systems_are_compared_with_the_base():
         assert row["system"]["ratio"] == pytest.approx(row["system"]["ms"] / row["base"]["ms"])
 
 
+def test_the_first_step_is_compiled_anew_every_time(monkeypatch):
+    made = []
+    make = speed_parts.training_steps
+
+    def training_steps(*arguments, **options):
+        made.append(options["names"][0])
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(speed_parts, "training_steps", training_steps)
+    (row,) = speed_parts.compilation([3], repeats=1)
+    assert made.count("DropMax") >= 2
+    assert row["label"]["goal"] == 2
+    assert row["Dense(2T)"]["ratio"] == 1
+
+
 def test_speed_command(tmp_path, capsys, monkeypatch):
     measure = speed_parts.peak
 
-    def peak(*of):  # Every measurement starts a process. One is enough.
+    def peak(*of, batch=256):  # Every measurement starts a process. One is enough.
         return measure(*of) if of == (3, "DropMax", False) else (8.0, 0.1)
 
     monkeypatch.setattr(speed_parts, "peak", peak)
     options = f"--classes 3 --policies float32 --repeats 1 --output {tmp_path / 'speed'}".split()
     assert main(["speed", "--parts", "head", "memory", *options]) == 0
     results = json.loads((tmp_path / "speed" / "speed.json").read_text())
-    assert [row["what"] for row in results["head"]] == ["T = 3, float32", "T = 3, float32, XLA"]
+    what = ["T = 3, float32"] * 2 + ["T = 3, float32, XLA"] * 2
+    assert [row["what"] for row in results["head"]] == what
+    assert list(results["head"][1]) == ["what", "Dense(3T)", "label"]
     memory = results["memory"][0]["DropMax"]
     assert 0 <= memory["MiB"] == 8 * memory["ratio"]
     assert results["environment"]["tensorflow"]
     shown = capsys.readouterr().out
     assert f"{results['head'][0]['DropMax']['ratio']:.2f} (" in shown
+    assert " MiB, goal 1.4)" in shown
     (tmp_path / "file").touch()
     assert main(["speed", "--output", str(tmp_path / "file" / "below")]) == 1
     assert "cannot be written" in capsys.readouterr().err

@@ -11,17 +11,20 @@ from pathlib import Path
 import tensorflow as tf
 
 from tf_dropmax.experiments.errors import UserError
-from tf_dropmax.experiments.speed_heads import training_steps
+from tf_dropmax.experiments.speed_heads import BATCH, training_steps
 from tf_dropmax.experiments.timing import seconds_per_call
 
 
-def peak(classes: int, name: str, compiled: bool = False) -> tuple[float, float]:
+def peak(
+    classes: int, name: str, compiled: bool = False, batch: int = BATCH
+) -> tuple[float, float]:
     """Peak memory and time of a training step.
 
     Args:
         classes: Positive int, T.
         name: A key of `heads_and_losses`.
         compiled: Bool, whether XLA compiles the step. Defaults to `False`.
+        batch: Positive int, number of examples. Defaults to `BATCH`.
 
     Returns:
         The memory in MiB, without that of TensorFlow itself, and the time in seconds.
@@ -31,7 +34,7 @@ def peak(classes: int, name: str, compiled: bool = False) -> tuple[float, float]
     """
     code = (
         "from tf_dropmax.experiments import peak_memory; "
-        f"peak_memory.print_peak({classes}, {name!r}, {compiled})"
+        f"peak_memory.print_peak({classes}, {name!r}, {compiled}, {batch})"
     )
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -42,12 +45,12 @@ def peak(classes: int, name: str, compiled: bool = False) -> tuple[float, float]
     return memory, seconds
 
 
-def print_peak(classes: int, name: str, compiled: bool) -> None:
+def print_peak(classes: int, name: str, compiled: bool, batch: int) -> None:
     """Runs in the new process: prints the result of `peak` as JSON."""
     small = training_steps(10, compiled=compiled, names=[name])[name]
     small()  # Allocates the memory that TensorFlow needs for any head.
     before = _peak_so_far()
-    step = training_steps(classes, compiled=compiled, names=[name])[name]
+    step = training_steps(classes, compiled=compiled, names=[name], batch=batch)[name]
     seconds = [seconds_per_call(step) for _ in range(4)]
     print(json.dumps([_peak_so_far() - before, statistics.median(seconds[1:])]))
 

@@ -17,7 +17,7 @@ from tf_dropmax.experiments import runner, speed_parts
 from tf_dropmax.experiments.console import wide_console
 from tf_dropmax.experiments.errors import UserError, writing
 
-PARTS = ("head", "network", "systems", "predict", "memory", "growth")
+PARTS = ("head", "compilation", "network", "systems", "predict", "memory", "growth")
 CLASSES = (10, 100, 1000, 10_000, 50_000)
 
 
@@ -58,6 +58,7 @@ def run(
     mixed = ("mixed_float16", "mixed_bfloat16") if on_gpu else ("mixed_bfloat16",)
     measure: dict[str, Callable[[], speed_parts.Rows]] = {
         "head": partial(speed_parts.head, classes, policies or ("float32", *mixed), repeats),
+        "compilation": partial(speed_parts.compilation, repeats=repeats),
         "network": partial(speed_parts.network, repeats),
         "systems": partial(speed_parts.systems, repeats),
         "predict": partial(speed_parts.predict, repeats),
@@ -114,9 +115,10 @@ def _table(part, rows):
 def _cell(value):
     if value is None:
         return ""
-    numbers = (f"{number:.3g} {unit}" for unit, number in value.items() if unit != "ratio")
+    numbers = (f"{value[unit]:.3g} {unit}" for unit in ("ms", "MiB") if unit in value)
     ratio = f"{value['ratio']:.2f} " if "ratio" in value else ""
-    return f"{ratio}({', '.join(numbers)})"
+    goal = f", goal {value['goal']:g}" if "goal" in value else ""
+    return f"{ratio}({', '.join(numbers)}{goal})"
 
 
 def _picture(rows):

@@ -72,6 +72,7 @@ def heads_and_losses(
         "Dense(2T)": (dense(2 * classes), cross_entropy()),
         "Dense(T)": (dense(classes), cross_entropy()),
         "DropMax": (head(), DropMaxLoss()),
+        "Dense(3T)": (dense(3 * classes), cross_entropy()),
         "label": (head(posterior="label"), DropMaxLoss()),
         "attention": (head(stochastic=False), DropMaxLoss()),
         "random": (head(retain_probability=0.4), DropMaxLoss()),
@@ -85,6 +86,7 @@ def training_steps(
     policy: str = "float32",
     compiled: bool = False,
     names: Sequence[str] | None = None,
+    batch: int = BATCH,
 ) -> dict[str, Step]:
     """Functions that run the forward and backward pass of a head on the same random features.
 
@@ -93,14 +95,15 @@ def training_steps(
         policy: Dtype policy. Defaults to `"float32"`.
         compiled: Bool, whether XLA compiles them. Defaults to `False`.
         names: Sequence of names of `heads_and_losses`. `None` takes all. Defaults to `None`.
+        batch: Positive int, number of examples. Defaults to `BATCH`.
 
     Returns:
         Dictionary of functions without arguments. They return the loss and its gradients with
         respect to the features and the weights.
     """
     draw = np.random.default_rng(0)
-    x = tf.Variable(draw.normal(size=(BATCH, FEATURES)).astype("float32"))
-    y = tf.Variable(draw.integers(classes, size=BATCH))
+    x = tf.Variable(draw.normal(size=(batch, FEATURES)).astype("float32"))
+    y = tf.Variable(draw.integers(classes, size=batch))
     contenders = heads_and_losses(classes, policy)
     names = names or list(contenders)
     for name in names:

@@ -1,8 +1,8 @@
 """The measurements of speed and memory, part by part.
 
 Every function yields rows. A row is a dictionary of `"what"`, a description, and the numbers of
-each contender: `{"ms": time, "MiB": peak memory, "ratio": ratio to the first contender}`. A row of
-accuracy has `"error"`, a float, instead of contenders.
+each contender: `{"ms": time, "MiB": peak memory, "ratio": ratio to the first contender, "goal": the
+largest ratio that is wanted}`. A row of accuracy has `"error"`, a float, instead of contenders.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ import tensorflow as tf
 from tf_dropmax import DropMaxHead, DropMaxLoss, functional
 from tf_dropmax.experiments import networks
 from tf_dropmax.experiments.peak_memory import peak
-from tf_dropmax.experiments.speed_heads import BATCH, FEATURES, cross_entropy, training_steps
+from tf_dropmax.experiments.speed_heads import (
+    BATCH,
+    FEATURES,
+    cross_entropy,
+    heads_and_losses,
+    training_steps,
+)
 from tf_dropmax.experiments.systems import PEERS, SYSTEMS, System
 from tf_dropmax.experiments.timing import paired
 
 Rows = Iterator[dict[str, Any]]
 
+_THREE_PRODUCTS = ("Dense(3T)", "label")
 _MODES = (
     ("expected", "expected", 1),
     ("sampled, S = 30", "sampled", 30),
@@ -33,13 +40,42 @@ _MODES = (
 
 
 def head(classes: Sequence[int], policies: Sequence[str], repeats: int) -> Rows:
-    """Forward and backward pass of the head alone."""
+    """Forward and backward pass of the head alone.
+
+    `posterior="label"` has three matrix products, so its baseline has too.
+    """
+    names = [name for name in heads_and_losses(2, "float32") if name not in _THREE_PRODUCTS]
     for policy in policies:
         for count in classes:
             for compiled in (False, True):
-                steps = training_steps(count, policy, compiled)
                 what = f"T = {count}, {policy}{_xla(compiled)}"
-                yield {"what": what, **paired(steps, repeats)}
+                many = count >= 1000
+                steps = training_steps(count, policy, compiled, names)
+                row = {"what": what, **paired(steps, repeats)}
+                yield _with_goal(row, "DropMax", 1.08 if compiled else 1.25) if many else row
+                steps = training_steps(count, policy, compiled, _THREE_PRODUCTS)
+                row = {"what": what, **paired(steps, repeats)}
+                yield _with_goal(row, "label", 1.1 if compiled else 1.35) if many else row
+
+
+def _with_goal(row, contender, goal):
+    return {**row, contender: {**row[contender], "goal": goal}}
+
+
+def compilation(classes: Sequence[int] = (10, 1000), repeats: int = 3) -> Rows:
+    """The first training step with XLA: tracing, compilation and one step."""
+    for count in classes:
+        names = ("Dense(2T)", "DropMax", "label")
+        functions = {name: partial(_first_step, count, name) for name in names}
+        row = {"what": f"first step of the head, T = {count}, XLA", **paired(functions, repeats)}
+        for name in names[1:]:
+            row = _with_goal(row, name, 2.0)
+        yield row
+
+
+def _first_step(classes, name):
+    (step,) = training_steps(classes, compiled=True, names=[name]).values()
+    return step()
 
 
 def network(repeats: int) -> Rows:
@@ -94,18 +130,20 @@ def predict(repeats: int) -> Rows:
         x = tf.Variable(draw.normal(size=(BATCH, FEATURES)).astype("float32"))
         for compiled in (False, True):
             dense = keras.layers.Dense(2 * count, "softmax")
-            functions = {"Dense(2T) + softmax": _forward(dense, x, compiled)}
+            functions = {"Dense(2T), softmax": _forward(dense, x, compiled)}
             for name, mode, samples in _MODES[:1] if compiled else _MODES:
                 head = DropMaxHead(count, predict_mode=mode, predict_samples=samples)
                 functions[name] = _forward(head, x, compiled)
             what = f"head, batch {BATCH}, T = {count}{_xla(compiled)}"
-            yield {"what": what, **paired(functions, repeats)}
+            row = {"what": what, **paired(functions, repeats)}
+            yield row if compiled or count < 1000 else _with_goal(row, "expected", 1.1)
     x = tf.Variable(draw.random((500, 28, 28, 1), "float32"))
     features, functions = networks.tutorial_cnn((28, 28, 1), 0), {}
     for name, mode, samples in _MODES:
         head = DropMaxHead(10, predict_mode=mode, predict_samples=samples)
         functions[name] = _forward(keras.Sequential([features, head]), x)
-    yield {"what": "tutorial CNN, batch 500, T = 10", **paired(functions, repeats)}
+    row = {"what": "tutorial CNN, batch 500, T = 10", **paired(functions, repeats)}
+    yield _with_goal(row, "exact", 1.1)
     yield from _errors(*(3 * draw.normal(size=(2, BATCH, 1000))))
 
 
@@ -136,15 +174,15 @@ def memory(classes: int, names: Sequence[str] = ("Dense(2T)", "DropMax", "label"
         for name in names:
             row[name] = {"MiB": peak(classes, name, compiled)[0]}
             row[name]["ratio"] = row[name]["MiB"] / max(row[names[0]]["MiB"], 1)
-        yield row
+        yield row if compiled else _with_goal(row, "DropMax", 1.4)
 
 
-def growth(counts: Sequence[int] = (50_000, 100_000, 200_000, 300_000)) -> Rows:
+def growth(counts: Sequence[int] = (125_000, 250_000, 500_000, 1_000_000), batch: int = 8) -> Rows:
     """Time and peak memory of a training step with very many classes."""
     for classes in counts:
-        row: dict[str, Any] = {"what": f"T = {classes}", "classes": classes}
+        row: dict[str, Any] = {"what": f"T = {classes}, batch {batch}", "classes": classes}
         for name in ("Dense(2T)", "DropMax"):
-            memory, seconds = peak(classes, name)
+            memory, seconds = peak(classes, name, batch=batch)
             row[name] = {"MiB": memory, "ms": 1000 * seconds}
         row["DropMax"]["ratio"] = row["DropMax"]["ms"] / row["Dense(2T)"]["ms"]
         yield row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 
 def paired(
-    functions: dict[str, Callable[[], Any]], repeats: int = 15, least: float = 0.05
+    functions: Mapping[str, Callable[[], Any]], repeats: int = 15, least: float = 0.05
 ) -> dict[str, dict[str, float]]:
     """Times functions in turns, so that all of them meet the same state of the machine.
 
