@@ -27,7 +27,7 @@ BLOCK = re.compile(
     r"|(?<=\n\n)(?P<indented> {4}.*\n(?:(?: {4}.*)?\n)*)",
     re.MULTILINE,
 )
-NOT_PYTHON = ("shell", "text")
+NOT_PYTHON = ("shell", "text", "math")
 
 MODULES = [
     module.name
