@@ -115,10 +115,13 @@ def _target_log_likelihood(logits, mask_logits):
     value = relative - tf.math.log(denominator)
 
     def gradient(upstream):
-        pull = upstream / denominator
+        # Computed again, so that fewer tensors wait for this function.
+        kept = weights * masks
+        dropped = weights - kept
+        pull = upstream / (dropped + total)
         pulls = tf.reduce_sum(pull, axis=-1, keepdims=True)
-        by_masks = masks * dropped * (pull - pulls)
-        return upstream - dropped * pull - kept * pulls, by_masks
+        by_logits = upstream - dropped * pull - kept * pulls
+        return by_logits, masks * dropped * (pull - pulls)
 
     return value, gradient
 
@@ -165,7 +168,8 @@ def prior_scores_and_entropy(
 
         def gradient(by_scores, by_entropy):
             by_logits, by_masks = likelihood_gradient(by_scores)
-            drop = tf.sigmoid(-retain_logits)
+            with _not_before(by_logits, by_masks):
+                drop = tf.sigmoid(-retain_logits)
             slope = weight * by_scores - by_entropy[..., tf.newaxis]
             by_retain = by_scores * drop + slope * _times_drop_slope(retain_logits, drop)
             return by_logits, by_retain, by_masks
@@ -257,8 +261,9 @@ def label_scores_and_entropy(
             by_logits, by_masks = likelihood_gradient(by_scores)
             total = tf.reduce_sum(by_scores, axis=-1, keepdims=True)
             by_divergence = by_scores - total
-            retain_drop = tf.sigmoid(-retain_logits)
-            drop = tf.sigmoid(-retain_logits - auxiliary_logits)
+            with _not_before(by_logits, by_masks):
+                retain_drop = tf.sigmoid(-retain_logits)
+                drop = tf.sigmoid(-retain_logits - auxiliary_logits)
             by_retain = by_scores * retain_drop + by_divergence * (drop - retain_drop)
             slope = _times_drop_slope(retain_logits, retain_drop)
             by_retain -= by_entropy[..., tf.newaxis] * slope
@@ -269,6 +274,14 @@ def label_scores_and_entropy(
         return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
 
     return compute(*arguments)
+
+
+def _not_before(*tensors):
+    """A context in which nothing is computed before some tensors.
+
+    A graph computes what it can as early as it can, and then holds it in memory.
+    """
+    return tf.control_dependencies(tensors)
 
 
 def _weight(value, dtype):
