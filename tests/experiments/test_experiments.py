@@ -129,7 +129,7 @@ def test_bad_options(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+@pytest.mark.parametrize("dataset", ["digits", pytest.param("mnist", marks=pytest.mark.long)])
 def test_demo(mnist_file, tmp_path, dataset):
     by_path = dataset == "digits"
     start = [str(Path(experiments.__file__).parent)] if by_path else ["-m", experiments.__name__]

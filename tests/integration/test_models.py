@@ -39,9 +39,12 @@ def error(model, x, y):
     return np.mean(model.predict(x, verbose=0).argmax(-1) != y)
 
 
+RANDOM, ATTENTION = {"retain_probability": 0.5}, {"stochastic": False}
+
+
 @pytest.mark.parametrize("build", [sequential, functional_model, Subclassed, nested])
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"retain_probability": 0.5}, {"stochastic": False}], ids=str
+    "kwargs", [{}, *(pytest.param(k, marks=pytest.mark.long) for k in (RANDOM, ATTENTION))], ids=str
 )
 def test_kinds_of_model_learn(blobs, build, kwargs):
     x, y = blobs
@@ -73,9 +76,7 @@ def test_kinds_of_model_learn(blobs, build, kwargs):
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"retain_probability": 0.5}, {"stochastic": False}], ids=str
-)
+@pytest.mark.parametrize("kwargs", [{}, RANDOM, ATTENTION], ids=str)
 def test_ways_to_execute(blobs, settings, kwargs):
     x, y = blobs
     model = sequential(seed=0, **kwargs)
@@ -283,7 +284,7 @@ def test_frozen_features_and_gradient_of_inputs(blobs):
             assert 0 < np.abs(gradient(inputs)).max() < np.inf
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_learns(blobs, policy, jit_compile):
     x, y = blobs
@@ -311,6 +312,7 @@ def test_mixed_precision_learns(blobs, policy, jit_compile):
         assert not np.allclose(before[0], model.get_weights()[0])
 
 
+@pytest.mark.long
 def test_mixed_precision_is_as_accurate_on_digits():
     """Only the policy differs. The runs share their test images, about 800."""
     split = data.split(data.digits(), 100)

@@ -271,9 +271,9 @@ def train_and_evaluate(model, *data):
         ((None,), False),
         ((None, 1), False),
         ((None, None), False),
-        ((None, None), True),
+        pytest.param((None, None), True, marks=pytest.mark.long),
         ((None, None, None), False),
-        pytest.param((None, None, None), True, marks=pytest.mark.slow),
+        pytest.param((None, None, None), True, marks=pytest.mark.long),
     ],
     ids=str,
 )

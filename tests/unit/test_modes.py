@@ -74,7 +74,7 @@ def predictions(model, x):
 
 SETTINGS = [
     {},
-    pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+    pytest.param({"jit_compile": True}, marks=pytest.mark.long),
     {"run_eagerly": True},
     pytest.param({"steps_per_execution": 2}, marks=pytest.mark.slow),
 ]
@@ -127,9 +127,12 @@ def test_samples_reach_the_graph(x):
     """The standard deviation of a mean of 25 masks is a fifth of that of one mask."""
     model = classifier()
 
+    repeated = np.concatenate([x] * 60)
+
     def spread(samples):
         with predict_mode(model, "sampled", samples):
-            return np.std([np.exp(model.predict(x, verbose=0)) for _ in range(60)], axis=0).mean()
+            p = np.exp(model.predict(repeated, batch_size=len(repeated), verbose=0))
+        return np.std(np.split(p, 60), axis=0).mean()
 
     assert spread(1) / spread(25) == pytest.approx(5, rel=0.15)
 
@@ -199,7 +202,9 @@ def count_traces(model, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"jit_compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.long)], ids=str
+)
 def test_a_mode_is_traced_once_and_300_changes_leak_nothing(x, settings, monkeypatch):
     model = classifier()
     y = np.zeros(40)
@@ -339,7 +344,9 @@ class Module(tf.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["expected", "softmax", "sampled", pytest.param("exact", marks=pytest.mark.long)]
+)
 def test_what_works_for_dense_works_for_the_head(x, mode, tmp_path):
     model = classifier(predict_mode=mode)
     x = tf.constant(x[:5])

@@ -74,7 +74,7 @@ def test_an_assignment_in_a_function_leaves_the_other_settings(rng):
     assert (head.entropy_weight, head.temperature, head.auxiliary_weight) == (0.5, 0.9, 0.1)
 
 
-@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_compiled_model_follows(blobs, jit_compile):
     """The loss of the next step, from the same weights and masks, is that of a fresh model."""
     x, y = blobs
