@@ -73,7 +73,8 @@ def test_the_first_step_is_compiled_anew_every_time(monkeypatch):
         return make(*arguments, **options)
 
     monkeypatch.setattr(speed_parts, "training_steps", training_steps)
-    (row,) = speed_parts.compilation([3], repeats=1)
+    monkeypatch.setattr(speed_parts, "_first_step_of_lenet", lambda *of: 0)
+    row, _ = speed_parts.compilation([3], repeats=1)
     assert made.count("DropMax") >= 2
     assert row["label"]["goal"] == 2
     assert row["Dense(2T)"]["ratio"] == 1

@@ -63,19 +63,30 @@ def _with_goal(row, contender, goal):
 
 
 def compilation(classes: Sequence[int] = (10, 1000), repeats: int = 3) -> Rows:
-    """The first training step with XLA: tracing, compilation and one step."""
-    for count in classes:
-        names = ("Dense(2T)", "DropMax", "label")
-        functions = {name: partial(_first_step, count, name) for name in names}
-        row = {"what": f"first step of the head, T = {count}, XLA", **paired(functions, repeats)}
-        for name in names[1:]:
-            row = _with_goal(row, name, 2.0)
-        yield row
+    """The first training step with XLA: tracing, compilation and one step.
+
+    It is that of the head alone, and that of LeNet as a Keras model.
+    """
+    names = ("Dense(2T)", "DropMax", "label")
+    for what, first_step in (("the head", _first_step), ("LeNet", _first_step_of_lenet)):
+        for count in classes:
+            functions = {name: partial(first_step, count, name) for name in names}
+            row = {"what": f"first step of {what}, T = {count}, XLA", **paired(functions, repeats)}
+            for name in names[1:]:
+                row = _with_goal(row, name, 2.0)
+            yield row
 
 
 def _first_step(classes, name):
     (step,) = training_steps(classes, compiled=True, names=[name]).values()
     return step()
+
+
+def _first_step_of_lenet(classes, name):
+    head, loss = heads_and_losses(classes, "float32")[name]
+    model = keras.Sequential([networks.lenet((28, 28, 1), 0), head])
+    model.compile("adam", loss, jit_compile=True)
+    return model.train_on_batch(np.zeros((100, 28, 28, 1), "float32"), np.zeros(100))
 
 
 def network(repeats: int) -> Rows:
