@@ -1,6 +1,7 @@
 import numpy as np
 import oracles
 import pytest
+import tensorflow as tf
 from predictions import DTYPES
 
 from tf_dropmax import functional
@@ -58,3 +59,66 @@ def test_exact_with_one_class_and_with_many(classes):
         )
         np.testing.assert_allclose(p, reference, atol=5e-6)
         np.testing.assert_allclose(p[3], 1 / classes, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [61.0, 90.0, 200.0, 1e3, 1e6])
+def test_exact_keeps_the_size_of_small_probabilities_in_wide_rows(rng, dtype, spread):
+    logits = (spread * rng.uniform(size=(200, 8))).astype(dtype)
+    logits[:, 0], logits[:, 1] = 0, spread
+    retain_logits = rng.uniform(-12, 15, size=(200, 8)).astype(dtype)
+    log_p = functional.exact_log_probabilities(logits, retain_logits).numpy()
+    reference = oracles.enumerate_masks(logits, retain_logits)
+    np.testing.assert_allclose(np.exp(log_p), reference, atol=4e-6 if dtype == "float32" else 2e-12)
+    large = reference > (1e-29 if dtype == "float32" else 1e-250)
+    assert (large & (reference < 1e-20)).any()
+    np.testing.assert_allclose(
+        log_p[large], np.log(reference[large]), atol=0.02 if dtype == "float32" else 1e-6
+    )
+    assert np.isfinite(log_p).all()
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_exact_rows_do_not_depend_on_one_another(rng, jit_compile):
+    """Nor do their gradients."""
+    logits = np.concatenate([rng.uniform(0, spread, (8, 6)) for spread in (3, 59, 90, 1e4, 1e30)])
+    logits[8:16, 0] = logits[8:16].max(-1) + 45  # a gap
+    logits, retain_logits = logits.astype("float32"), rng.uniform(-9, 9, (40, 6)).astype("float32")
+    upstream = tf.constant(rng.normal(size=6), tf.float32)
+
+    @tf.function(jit_compile=jit_compile, reduce_retracing=True)
+    def value_and_gradients(logits, retain_logits):
+        with tf.GradientTape() as tape:
+            tape.watch((logits, retain_logits))
+            log_p = functional.exact_log_probabilities(logits, retain_logits)
+            value = log_p * upstream
+        return log_p, *tape.gradient(value, (logits, retain_logits))
+
+    together = value_and_gradients(tf.constant(logits), tf.constant(retain_logits))
+    alone = [
+        value_and_gradients(tf.constant(logits[i : i + 1]), tf.constant(retain_logits[i : i + 1]))
+        for i in range(len(logits))
+    ]
+    for one, other in zip(together, zip(*alone, strict=True), strict=True):
+        np.testing.assert_allclose(one, np.concatenate(other), rtol=1e-5, atol=1e-5)
+
+
+def test_exact_gradients_of_wide_rows(rng):
+    logits = rng.choice([0.0, 30.0, 75.0, 140.0, 400.0], size=(20, 6)) + rng.uniform(size=(20, 6))
+    retain_logits = rng.uniform(-5, 5, size=(20, 6))
+    upstream = rng.normal(size=(20, 6))
+
+    def oracle(logits, retain_logits):
+        reference = oracles.enumerate_masks(logits, retain_logits)
+        return np.sum(upstream * np.log(reference), where=reference > 1e-250)
+
+    arguments = [tf.constant(x) for x in (logits, retain_logits)]
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        log_p = functional.exact_log_probabilities(*arguments)
+        total = tf.reduce_sum(tf.where(np.exp(log_p) > 1e-250, upstream * log_p, 0))
+    by_logits, by_retain = tape.gradient(total, arguments)
+    expected = oracles.central_differences(lambda x: oracle(x, retain_logits), logits, 1e-5)
+    np.testing.assert_allclose(by_logits, expected, atol=1e-5)
+    expected = oracles.central_differences(lambda x: oracle(logits, x), retain_logits, 1e-5)
+    np.testing.assert_allclose(by_retain, expected, atol=1e-5)
