@@ -452,3 +452,29 @@ def test_what_is_no_mode_and_no_model_is_refused():
             change(plain, "exact")
         with pytest.raises(ValueError, match="Keras model or layer"):
             change("model", "exact")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("posterior", ["prior", "label"])
+@pytest.mark.parametrize("mode", ["expected", "softmax"])
+def test_no_more_graphs_stay_than_with_dense(x, mode, posterior):
+    """Keras itself keeps some at every `compile`."""
+
+    def growth(head):
+        model = keras.Sequential([keras.Input((6,)), head])
+        held = []
+        for temperature in (1.0, 2.0, 3.0, 4.0):
+            model.compile("sgd", DropMaxLoss())
+            model.fit(x, np.zeros(40), verbose=0)
+            if isinstance(head, DropMaxHead):
+                set_predict_temperature(model, temperature)
+            model.predict(x, verbose=0)
+            gc.collect()
+            held.append(
+                sum(isinstance(each, tf.__internal__.FuncGraph) for each in gc.get_objects())
+            )
+        return held[3] - held[2]
+
+    assert growth(DropMaxHead(4, predict_mode=mode, posterior=posterior)) <= growth(
+        keras.layers.Dense(4)
+    )

@@ -7,6 +7,8 @@ import functools
 import numpy as np
 import tensorflow as tf
 
+from tf_dropmax.functional.kernels import kernel
+
 LIMIT = 1e37  # Larger magnitudes are clipped. The sum of three still fits into float32.
 
 
@@ -32,11 +34,11 @@ def less_maximum(logits: tf.Tensor) -> tf.Tensor:
 
 
 def log_sigmoid(x) -> tf.Tensor:
-    """`log(sigmoid(x))`, finite for every finite `x`."""
+    """`log(sigmoid(x))`, finite for every finite `x` of shape `(..., T)`."""
     return _log_sigmoid(to_float(x))
 
 
-@tf.custom_gradient
+@kernel
 def _log_sigmoid(x):
     # Not `log1p`, which ONNX lacks. The difference is below the rounding of the sum.
     value = tf.maximum(tf.minimum(x, 0), -LIMIT) - tf.math.log(1 + tf.exp(-tf.abs(x)))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tf_dropmax.functional.kernels import kernel
 from tf_dropmax.functional.numerics import LIMIT, broadcast, clip, less_maximum, to_float
 
 # Mask logits below this count as this. A class that is kept with exp(-80) has no weight.
@@ -34,7 +35,7 @@ def mask_entropy(retain_logits: Any) -> tf.Tensor:
     return _mask_entropy(to_float(retain_logits))
 
 
-@tf.custom_gradient
+@kernel
 def _mask_entropy(retain_logits):
     def gradient(upstream):
         return -upstream * _times_drop_slope(retain_logits, tf.sigmoid(-retain_logits))
@@ -96,7 +97,7 @@ def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
     [1.0, 0.5]
     """
     arguments = broadcast(to_float(logits), to_float(mask_logits))
-    return tf.custom_gradient(_target_log_likelihood)(*arguments)
+    return _target_kernel(*arguments)
 
 
 def _target_log_likelihood(logits, mask_logits):
@@ -124,6 +125,9 @@ def _target_log_likelihood(logits, mask_logits):
         return by_logits, masks * dropped * (pull - pulls)
 
     return value, gradient
+
+
+_target_kernel = kernel(_target_log_likelihood)
 
 
 def prior_scores_and_entropy(
@@ -160,23 +164,24 @@ def prior_scores_and_entropy(
     arguments = broadcast(*(to_float(x) for x in (logits, retain_logits, mask_logits)))
     weight = _weight(entropy_weight, arguments[0].dtype)
 
-    @tf.custom_gradient
-    def compute(logits, retain_logits, mask_logits):
-        likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
-        retain = _sigmoid(retain_logits)
-        scores = retain.log_keep - weight * retain.entropy + likelihood
+    return _prior(*arguments, others=(weight,))
 
-        def gradient(by_scores, by_entropy):
-            by_logits, by_masks = likelihood_gradient(by_scores)
-            with _not_before(by_logits, by_masks):
-                drop = tf.sigmoid(-retain_logits)
-            slope = weight * by_scores - by_entropy[..., tf.newaxis]
-            by_retain = by_scores * drop + slope * _times_drop_slope(retain_logits, drop)
-            return by_logits, by_retain, by_masks
 
-        return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
+@kernel
+def _prior(logits, retain_logits, mask_logits, weight):
+    likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
+    retain = _sigmoid(retain_logits)
+    scores = retain.log_keep - weight * retain.entropy + likelihood
 
-    return compute(*arguments)
+    def gradient(by_scores, by_entropy):
+        by_logits, by_masks = likelihood_gradient(by_scores)
+        with _not_before(by_logits, by_masks):
+            drop = tf.sigmoid(-retain_logits)
+        slope = weight * by_scores - by_entropy[..., tf.newaxis]
+        by_retain = by_scores * drop + slope * _times_drop_slope(retain_logits, drop)
+        return by_logits, by_retain, by_masks, None
+
+    return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
 
 
 def posterior_logits(retain_logits: Any, auxiliary_logits: Any) -> tf.Tensor:
@@ -244,36 +249,37 @@ def label_scores_and_entropy(
     arguments = broadcast(to_float(logits), *branches, to_float(mask_logits))
     weight = _weight(auxiliary_weight, arguments[0].dtype)
 
-    @tf.custom_gradient
-    def compute(logits, retain_logits, auxiliary_logits, mask_logits):
-        likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
-        retain = _sigmoid(retain_logits)
-        posterior = _sigmoid(retain_logits + auxiliary_logits)
-        # KL(q || rho), so written that it keeps its digits where q is close to 0 or 1.
-        divergence = posterior.keep * (posterior.log_keep - retain.log_keep)
-        divergence += posterior.drop * (posterior.log_drop - retain.log_drop)
-        # What a target has in place of its term in the sum over all classes.
-        target = retain.log_keep + divergence + weight * auxiliary_logits
-        others = weight * _sigmoid(auxiliary_logits).log_drop - divergence
-        scores = likelihood + target + tf.reduce_sum(others, axis=-1, keepdims=True)
+    return _label(*arguments, others=(weight,))
 
-        def gradient(by_scores, by_entropy):
-            by_logits, by_masks = likelihood_gradient(by_scores)
-            total = tf.reduce_sum(by_scores, axis=-1, keepdims=True)
-            by_divergence = by_scores - total
-            with _not_before(by_logits, by_masks):
-                retain_drop = tf.sigmoid(-retain_logits)
-                drop = tf.sigmoid(-retain_logits - auxiliary_logits)
-            by_retain = by_scores * retain_drop + by_divergence * (drop - retain_drop)
-            slope = _times_drop_slope(retain_logits, retain_drop)
-            by_retain -= by_entropy[..., tf.newaxis] * slope
-            by_auxiliary = weight * (by_scores - total * tf.sigmoid(auxiliary_logits))
-            by_auxiliary += by_divergence * ((drop * auxiliary_logits) * (1 - drop))
-            return by_logits, by_retain, by_auxiliary, by_masks
 
-        return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
+@kernel
+def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
+    likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
+    retain = _sigmoid(retain_logits)
+    posterior = _sigmoid(retain_logits + auxiliary_logits)
+    # KL(q || rho), so written that it keeps its digits where q is close to 0 or 1.
+    divergence = posterior.keep * (posterior.log_keep - retain.log_keep)
+    divergence += posterior.drop * (posterior.log_drop - retain.log_drop)
+    # What a target has in place of its term in the sum over all classes.
+    target = retain.log_keep + divergence + weight * auxiliary_logits
+    others = weight * _sigmoid(auxiliary_logits).log_drop - divergence
+    scores = likelihood + target + tf.reduce_sum(others, axis=-1, keepdims=True)
 
-    return compute(*arguments)
+    def gradient(by_scores, by_entropy):
+        by_logits, by_masks = likelihood_gradient(by_scores)
+        total = tf.reduce_sum(by_scores, axis=-1, keepdims=True)
+        by_divergence = by_scores - total
+        with _not_before(by_logits, by_masks):
+            retain_drop = tf.sigmoid(-retain_logits)
+            drop = tf.sigmoid(-retain_logits - auxiliary_logits)
+        by_retain = by_scores * retain_drop + by_divergence * (drop - retain_drop)
+        slope = _times_drop_slope(retain_logits, retain_drop)
+        by_retain -= by_entropy[..., tf.newaxis] * slope
+        by_auxiliary = weight * (by_scores - total * tf.sigmoid(auxiliary_logits))
+        by_auxiliary += by_divergence * ((drop * auxiliary_logits) * (1 - drop))
+        return by_logits, by_retain, by_auxiliary, by_masks, None
+
+    return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
 
 
 def _not_before(*tensors):

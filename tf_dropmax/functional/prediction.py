@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_dropmax.functional.kernels import kernel
 from tf_dropmax.functional.masks import uniform_draws
 from tf_dropmax.functional.numerics import (
     broadcast,
@@ -65,7 +66,7 @@ def expected_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:
     return _expected(*broadcast(to_float(logits), to_float(retain_logits)))
 
 
-@tf.custom_gradient
+@kernel
 def _expected(logits, retain_logits):
     log_p = tf.nn.log_softmax(less_maximum(logits) + log_sigmoid(retain_logits))
 
@@ -104,6 +105,7 @@ def sampled_log_probabilities(
     """
     logits, retain_logits = broadcast(clip(logits), clip(retain_logits))
 
+    # No `kernel`: it could not be used after an export, see there.
     @tf.custom_gradient
     def log_mean(logits, retain_logits):
         (mean,) = means_over_masks(lambda p, kept: [p], 1, logits, retain_logits, samples, seed)

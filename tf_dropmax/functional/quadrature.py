@@ -98,6 +98,7 @@ def _jensen_bound(logits, retain_logits):
     return log_sigmoid(retain_logits) + target_log_likelihood(logits, retain_logits)
 
 
+# No `kernel`: it could not be used after an export, see there.
 @tf.custom_gradient
 def _log_quadrature(logits, retain_logits):
     """Log of the quadrature of eq. (16) for rows `(B, T)`.

@@ -1,0 +1,58 @@
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_dropmax import baselines, functional
+
+FUNCTIONS = {
+    "expected": functional.expected_log_probabilities,
+    "exact": functional.exact_log_probabilities,
+    "sampled": functional.sampled_log_probabilities,
+    "likelihood": functional.target_log_likelihood,
+    "prior": lambda o, r: functional.prior_scores_and_entropy(o, r, r)[0],
+    "label": lambda o, r: functional.label_scores_and_entropy(o, r, o, r)[0],
+    "entropy": lambda o, r: functional.mask_entropy(r),
+    "sparsemax": lambda o, r: baselines.sparsemax_scores(o),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"exact", "sampled"}))
+def test_a_graph_can_be_collected(name):
+    """TensorFlow's registry of gradients does not keep it."""
+
+    def graph():
+        @tf.function
+        def gradient(logits, retain_logits):
+            with tf.GradientTape() as tape:
+                tape.watch((logits, retain_logits))
+                value = FUNCTIONS[name](logits, retain_logits)
+            return tape.gradient(value, (logits, retain_logits))
+
+        spec = tf.TensorSpec((None, 3))
+        return weakref.ref(gradient.get_concrete_function(spec, spec).graph)
+
+    graph()
+    gone = graph()
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_static_shapes_are_kept(name):
+    for shape in [(5,), (2, 5), (None, 5), (None, 3, 5), (2, None, 4, 5), (None, None)]:
+        spec = tf.TensorSpec(shape)
+        found = tf.function(FUNCTIONS[name]).get_concrete_function(spec, spec).output_shapes
+        assert found.as_list() == list(shape)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_leading_dimensions_are_rows(rng, name):
+    logits, retain_logits = (tf.constant(rng.normal(size=(2, 3, 4))) for _ in range(2))
+    rows = [tf.reshape(x, (6, 4)) for x in (logits, retain_logits)]
+    expected = FUNCTIONS[name](*rows).numpy()
+    np.testing.assert_allclose(
+        FUNCTIONS[name](logits, retain_logits), expected.reshape(2, 3, 4), rtol=1e-12
+    )
