@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import keras
@@ -14,7 +15,8 @@ from tf_dropmax.checks import check_one_of, check_positive_int
 from tf_dropmax.head import DropMaxHead
 from tf_dropmax.inference import PREDICT_MODES
 from tf_dropmax.metrics.retain import retain_statistics
-from tf_dropmax.modes import ArmedStep, heads_of
+from tf_dropmax.modes import heads_of, predict_mode
+from tf_dropmax.steps import ArmedStep, armed_step, disarm
 
 
 class _Callback(keras.callbacks.Callback):
@@ -45,6 +47,8 @@ class DropMaxPredict(_Callback):
     Raises:
         ValueError: If `mode` or `samples` is not as above. In use: if the model has no
             `DropMaxHead`, or one call has two of these callbacks.
+        RuntimeError: In use: if a callback after this one starts another prediction or evaluation
+            of the same kind with the same model before the step.
 
     Example:
 
@@ -55,10 +59,13 @@ class DropMaxPredict(_Callback):
     (2, 3)
     """
 
+    _of_one_use = ("_model", "_step")
+
     def __init__(self, mode: str, samples: int | None = None):
         super().__init__()
         self.mode = check_one_of("mode", mode, PREDICT_MODES)
         self.samples = None if samples is None else check_positive_int("samples", samples)
+        self._step: ArmedStep | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         heads_of(self.model)  # Without a head, raise now and not after the first epoch.
@@ -75,21 +82,38 @@ class DropMaxPredict(_Callback):
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._arm("test")
 
+    def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._check("predict")
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._check("test")
+
     # Keras may find the end of the data only after `on_..._batch_begin`.
 
     def on_predict_end(self, logs: Any = None) -> None:
-        ArmedStep.remove_from(self.model, "predict")
+        disarm(self.model, "predict")
 
     def on_test_end(self, logs: Any = None) -> None:
-        ArmedStep.remove_from(self.model, "test")
+        disarm(self.model, "test")
 
     def _arm(self, kind: str) -> None:
-        if ArmedStep.waits_in(self.model, kind):
+        if armed_step(self.model, kind):
             raise ValueError(
                 "Expected one DropMaxPredict in a call. Received: another one, with "
                 f"mode={self.mode!r}"
             )
-        ArmedStep(self.model, kind, self.mode, self.samples)
+        context = partial(predict_mode, self.model, self.mode, self.samples)
+        self._step = ArmedStep(self.model, kind, context)
+
+    def _check(self, kind: str) -> None:
+        step, self._step = self._step, None
+        if step is None or not step.ran:
+            call = {"predict": "predict", "test": "evaluate"}[kind]
+            raise RuntimeError(
+                f"Expected a step in mode {self.mode!r}. Received: another one, because another "
+                f"callback called `{call}` of the same model in `on_{kind}_batch_begin`. In the "
+                "list of callbacks, put DropMaxPredict after it"
+            )
 
 
 class DropMaxMonitor(_Callback):

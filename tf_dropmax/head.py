@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.common import global_state
 
 from tf_dropmax import functional
 from tf_dropmax.checks import (
@@ -34,6 +35,8 @@ from tf_dropmax.seeds import next_seed
 from tf_dropmax.settings import PredictAttribute, Setting
 
 POSTERIORS = ("prior", "label")
+# Where a layer keeps the heads that were traced in it. Neither Keras nor TensorFlow tracks it.
+_TRACED = "_dropmax_traced_heads"
 OUTPUTS = ("classes", "retain_probabilities", "logits")
 
 
@@ -270,11 +273,12 @@ class DropMaxHead(InspectableHead):
             return logits
         if training:
             return self._scores(logits, inputs, mask)
-        context = self._get_call_context()
+        # Private, but nothing else tells a head which model it is traced in. With a stale graph in
+        # a model around the given one, a change of the mode would be silently lost.
+        context = global_state.get_global_attribute("current_call_ctx")
         if context is not None and not tf.executing_eagerly():
-            # Private, but nothing else tells a head which model it is traced in. With a stale
-            # graph in a model around the given one, a change of the mode would be silently lost.
             self._traced_in.add(context.entry_layer)
+            vars(context.entry_layer).setdefault(_TRACED, weakref.WeakKeyDictionary())[self] = None
         if self._listener is not None:
             self._listener(inputs, mask)
         return log_probabilities(
@@ -340,6 +344,14 @@ class DropMaxHead(InspectableHead):
             **{name: getattr(self, name) for name in names},
             "predict_temperatures": temperatures,
         }
+
+
+def traced_heads(layer: keras.layers.Layer) -> list[DropMaxHead]:
+    """The heads whose predictions the graphs of a layer hold, in the order of the first trace.
+
+    Keras tracks no head that is called in a closure or kept in an object that is no layer.
+    """
+    return list(vars(layer).get(_TRACED, ()))
 
 
 def _masked_mean(values: tf.Tensor, mask: Any) -> tf.Tensor:

@@ -13,10 +13,12 @@ from typing import Any
 
 import keras
 
-from tf_dropmax.head import DropMaxHead
+from tf_dropmax.head import DropMaxHead, traced_heads
 from tf_dropmax.inference import PredictSetting
+from tf_dropmax.steps import get_function, make_function, set_function
 
 _KINDS = ("train", "test", "predict")
+_KEPT_SAMPLES = 3  # For so many numbers of samples the functions are kept.
 
 
 def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int | None = None) -> None:
@@ -112,8 +114,9 @@ def predict_mode(
     """
     heads = heads_of(model)
     before = [(head.predict_mode, head.predict_samples) for head in heads]
-    _switch(model, heads, [head._predict_setting.changed(mode, samples) for head in heads])
+    settings = [head._predict_setting.changed(mode, samples) for head in heads]
     try:
+        _switch(model, heads, settings)
         yield model
     finally:
         present = [head._predict_setting for head in heads]  # It may have been calibrated.
@@ -184,7 +187,7 @@ class _KeptFunctions:
 
     def _state_of_heads(self) -> tuple[tuple[Any, ...], int]:
         """What the graphs of the model depend on, and how often it was changed."""
-        heads = _heads(self._model)
+        heads = dict.fromkeys([*_heads(self._model), *traced_heads(self._model)])
         mode = tuple(head._predict_setting.traced for head in heads)
         return mode, sum(head._switches for head in heads)
 
@@ -196,7 +199,7 @@ class _KeptFunctions:
             if kept and kept.get(self._mode) is not function:
                 kept.clear()  # `compile` or `make_..._function` replaced it: all are outdated.
             if function is not None:
-                kept[self._mode] = function
+                _keep(kept, self._mode, function)
 
     def take_out(self) -> None:
         before = self._mode
@@ -211,83 +214,21 @@ class _KeptFunctions:
             set_function(self._model, kind, kept.get(self._mode))
             if needed:
                 # Not left to Keras, so that `None` later means that the model was compiled.
-                kept[self._mode] = make_function(self._model, kind)
+                _keep(kept, self._mode, make_function(self._model, kind))
+
+
+def _keep(kept: dict[Any, Any], mode: tuple[Any, ...] | None, function: Any) -> None:
+    """Adds a function, and drops the oldest of those that differ in the samples only."""
+    kept.pop(mode, None)
+    kept[mode] = function
+    alike = [each for each in kept if _without_samples(each) == _without_samples(mode)]
+    for oldest in alike[:-_KEPT_SAMPLES]:
+        del kept[oldest]
+
+
+def _without_samples(mode: tuple[Any, ...] | None) -> Any:
+    return mode and tuple((name, temperatures) for name, _, temperatures in mode)
 
 
 def _temperatures(mode: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(temperatures for *_, temperatures in mode)
-
-
-class ArmedStep:
-    """Stands in a model for its function, and runs the next step, and no other, in a mode.
-
-    Args:
-        model: A `keras.Model`.
-        kind: `"test"` or `"predict"`.
-        mode, samples: As for `predict_mode`.
-    """
-
-    def __init__(self, model: keras.Model, kind: str, mode: str, samples: int | None):
-        self._model, self._kind, self._mode, self._samples = model, kind, mode, samples
-        self.function = getattr(model, f"{kind}_function")
-        setattr(model, f"{kind}_function", self)
-        # If another callback raises before the step runs, the step stays in the model. Nothing
-        # else tells of a later call: it begins with `make_..._function`, which removes the step.
-        setattr(model, f"make_{kind}_function", self._make)
-
-    @staticmethod
-    def waits_in(model: keras.Model, kind: str) -> bool:
-        """Whether a step is waiting in the model."""
-        return f"make_{kind}_function" in vars(model)
-
-    @staticmethod
-    def remove_from(model: keras.Model, kind: str) -> None:
-        """Takes a waiting step out of the model."""
-        step = getattr(model, f"{kind}_function")
-        if isinstance(step, ArmedStep):
-            step._disarm()
-
-    def _disarm(self) -> None:
-        delattr(self._model, f"make_{self._kind}_function")
-        name = f"{self._kind}_function"
-        if getattr(self._model, name) is self:  # It is not if the model was compiled meanwhile.
-            setattr(self._model, name, self.function)
-
-    def _make(self, *args: Any, **kwargs: Any) -> Any:
-        self._disarm()
-        return getattr(self._model, f"make_{self._kind}_function")(*args, **kwargs)
-
-    def __call__(self, *args: Any) -> Any:
-        self._disarm()
-        with predict_mode(self._model, self._mode, self._samples):
-            getattr(self._model, f"make_{self._kind}_function")()
-            return getattr(self._model, f"{self._kind}_function")(*args)
-
-
-def get_function(model: keras.Model, kind: str) -> Any:
-    """The function of a model, also while a step waits in its place."""
-    function = getattr(model, f"{kind}_function")
-    return function.function if isinstance(function, ArmedStep) else function
-
-
-def set_function(model: keras.Model, kind: str, function: Any) -> None:
-    """Replaces the function of a model. A step that waits in its place goes on waiting."""
-    present = getattr(model, f"{kind}_function")
-    if isinstance(present, ArmedStep):
-        present.function = function
-    else:
-        setattr(model, f"{kind}_function", function)
-
-
-def make_function(model: keras.Model, kind: str) -> Any:
-    """Lets Keras make the function of a model, which must be `None`, and returns it."""
-    armed = getattr(model, f"{kind}_function")
-    make = f"make_{kind}_function"
-    if isinstance(armed, ArmedStep):
-        setattr(model, f"{kind}_function", None)
-        getattr(type(model), make)(model)
-        armed.function = getattr(model, f"{kind}_function")
-        setattr(model, f"{kind}_function", armed)
-        return armed.function
-    getattr(model, make)()
-    return getattr(model, f"{kind}_function")

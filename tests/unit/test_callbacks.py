@@ -323,3 +323,38 @@ def test_a_step_that_never_ran_is_not_kept(blobs, recovery):
     for _ in range(2):
         np.testing.assert_array_equal(model.predict(x, verbose=0), before)
     assert "make_predict_function" not in vars(model)
+
+
+@pytest.mark.parametrize("kind", ["predict", "test"])
+@pytest.mark.parametrize("first", [True, False])
+def test_another_prediction_before_the_step(blobs, kind, first):
+    """By another callback. It runs in the mode of the model, and does not go unnoticed."""
+    x, y = blobs
+    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
+    model.compile("adam", DropMaxLoss())
+    plain = model.predict(x, verbose=0)
+    found = []
+
+    class Other(keras.callbacks.Callback):
+        def on_predict_batch_begin(self, batch, logs=None):
+            found.append(model.predict(x, verbose=0))
+
+        def on_test_batch_begin(self, batch, logs=None):
+            state = [v.numpy() for v in model.metrics[0].variables]
+            model.evaluate(x, y, verbose=0)
+            for variable, value in zip(model.metrics[0].variables, state, strict=True):
+                variable.assign(value)
+
+    arguments = (x,) if kind == "predict" else (x, y)
+    call = getattr(model, "predict" if kind == "predict" else "evaluate")
+    exact = call(*arguments, verbose=0, callbacks=[DropMaxPredict("exact")])
+    callbacks = [Other(), DropMaxPredict("exact")] if first else [DropMaxPredict("exact"), Other()]
+    if first:
+        again = call(*arguments, verbose=0, callbacks=callbacks)
+        np.testing.assert_allclose(again, exact, rtol=1e-6)
+    else:
+        with pytest.raises(RuntimeError, match=r"'exact'.*put DropMaxPredict after it"):
+            call(*arguments, verbose=0, callbacks=callbacks)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), plain)
+    for each in found:
+        np.testing.assert_array_equal(each, plain)

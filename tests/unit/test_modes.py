@@ -478,3 +478,76 @@ def test_no_more_graphs_stay_than_with_dense(x, mode, posterior):
     assert growth(DropMaxHead(4, predict_mode=mode, posterior=posterior)) <= growth(
         keras.layers.Dense(4)
     )
+
+
+def test_a_head_that_keras_does_not_track_follows(x):
+    inner = classifier()
+    expected = by_functional(inner, x)
+    hidden, head = inner.layers
+
+    class Holder:
+        def __init__(self, layer):
+            self.layer = layer
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            vars(self)["holder"] = Holder(head)
+
+        def call(self, x):
+            return self.holder.layer(hidden(x))
+
+    by_closure = keras.layers.Lambda(lambda h: head(h), output_shape=(4,))
+    for model in (keras.Sequential([keras.Input((6,)), hidden, by_closure]), Model()):
+        for mode in ("expected", "exact", "softmax", "exact", "expected"):
+            set_predict_mode(head, mode)
+            np.testing.assert_allclose(model.predict(x, verbose=0), expected[mode], atol=1e-5)
+            with predict_mode(head, "softmax"):
+                found = model.predict(x, verbose=0)
+            np.testing.assert_allclose(found, expected["softmax"], atol=1e-5)
+            np.testing.assert_allclose(model.predict(x, verbose=0), expected[mode], atol=1e-5)
+
+
+def test_a_switch_that_fails_leaves_the_mode_as_it_was(x):
+    class Model(keras.Sequential):
+        fails = False
+
+        def make_predict_function(self, *args, **kwargs):
+            if self.fails:
+                raise RuntimeError("no function today")
+            return super().make_predict_function(*args, **kwargs)
+
+    model = Model([keras.Input((6,)), *classifier().layers])
+    before = model.predict(x, verbose=0)
+    with predict_mode(model, "exact"):
+        model.predict(x, verbose=0)
+    model.fails = True
+    with pytest.raises(RuntimeError, match="today"), predict_mode(model, "softmax"):
+        pass
+    model.fails = False
+    assert model.layers[-1].predict_mode == "expected"
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+
+
+def test_functions_of_a_few_numbers_of_samples_are_kept(x, monkeypatch):
+    model = classifier()
+    model.predict(x, verbose=0)
+    for samples in range(1, 8):
+        with predict_mode(model, "sampled", samples):
+            model.predict(x, verbose=0)
+    assert len(vars(model)["_dropmax_functions"]._kept["predict"]) <= 1 + 3
+    traces = count_traces(model, monkeypatch)
+    for samples in (6, 7, 6, 7):  # One in the model and one by a callback are traced once.
+        set_predict_mode(model, "sampled", samples)
+        model.predict(x, verbose=0)
+    assert not traces
+
+
+def test_a_head_called_in_a_graph_leaves_no_call_context(x):
+    """Keras would take the head for the outermost layer of every later call."""
+    head = classifier().layers[-1]
+    tf.function(lambda h: head.call(h))(tf.zeros((2, 8)))
+    outer = keras.Sequential([keras.Input((8,)), head])
+    outer.predict(np.zeros((2, 8)), verbose=0)
+    assert outer in head._traced_in
+    assert head not in head._traced_in
