@@ -136,7 +136,8 @@ class DropMaxMonitor(_Callback):
             of them, of shape `(examples, ...)`. Use validation data. `None` watches nothing.
             Positions that a Keras mask excludes are ignored. Defaults to `None`.
         y: Integer labels, or floats that are whole numbers, of shape `(examples, ...)` or
-            `(examples, ..., 1)`. Required with `x`. Defaults to `None`.
+            `(examples, ..., 1)`, or one-hot labels of shape `(examples, ..., T)`. Required with
+            `x`. Defaults to `None`.
         entropy_weight, temperature, auxiliary_weight: `None`, or a function of the epoch (an int
             from 0) that returns the value of this setting of the head in that epoch. A
             `keras.optimizers.schedules.LearningRateSchedule` is such a function. Default to
@@ -146,7 +147,8 @@ class DropMaxMonitor(_Callback):
     Raises:
         ValueError: If there is nothing to do, `x` and `y` do not match, or an argument is not as
             above. In training: if the model has no `DropMaxHead`, does not call it exactly once
-            on `x`, or a function returns a value that the setting does not accept.
+            on `x`, or has two of one name; or a function returns a value that the setting does not
+            accept.
 
     Example:
 
@@ -196,7 +198,14 @@ class DropMaxMonitor(_Callback):
         self._statistics: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        classes = min(head.units for head in heads_of(self.model))
+        heads = heads_of(self.model)
+        names = sorted(head.name for head in heads)
+        if self.y is not None and len(set(names)) < len(names):
+            raise ValueError(
+                "Expected heads with different names, which tell their logs apart. "
+                f"Received: {names}"
+            )
+        classes = min(head.units for head in heads)
         if self.y is not None and not 0 <= self.y.min() <= self.y.max() < classes:
             raise ValueError(
                 f"`y` must be in [0, {classes}). "

@@ -38,11 +38,12 @@ def statistics(model, x, y):
     )
 
 
-@pytest.mark.parametrize("labels", [(160,), (160, 1)], ids=str)
+@pytest.mark.parametrize("labels", ["(160,)", "(160, 1)", "one-hot"])
 def test_statistics_are_those_of_the_definition(blobs, labels):
     x, y = blobs
     model = model_of()
-    monitor = DropMaxMonitor(x, y.reshape(labels), batch_size=37)  # the last batch is a smaller one
+    given = {"(160,)": y, "(160, 1)": y[:, None], "one-hot": np.eye(4)[y]}[labels]
+    monitor = DropMaxMonitor(x, given, batch_size=37)  # the last batch is a smaller one
     after = []
     check = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: after.append(statistics(model, x, y))
@@ -231,3 +232,15 @@ def test_a_used_monitor_can_be_copied(blobs, stopped):
     history = model.fit(x, y, callbacks=[again], verbose=0).history
     assert history["temperature"] == pytest.approx([0.3])
     assert history["retain_target"] == pytest.approx([statistics(model, x, y)["retain_target"]])
+
+
+def test_heads_of_one_name_are_refused(blobs):
+    x, y = blobs
+    inputs = keras.Input((6,))
+    parts = [keras.Sequential([DropMaxHead(4, name="head")], name=name) for name in ("a", "b")]
+    model = keras.Model(inputs, [part(inputs) for part in parts])
+    model.compile("sgd", [DropMaxLoss(), DropMaxLoss()])
+    with pytest.raises(ValueError, match=r"different names.*\['head', 'head'\]"):
+        model.fit(x, [y, y], callbacks=[DropMaxMonitor(x, y)], verbose=0)
+    schedule = DropMaxMonitor(entropy_weight=lambda epoch: 0.5)
+    model.fit(x, [y, y], callbacks=[schedule], verbose=0)
