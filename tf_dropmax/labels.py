@@ -84,6 +84,11 @@ def are_sparse(y_true: tf.Tensor, values: tf.Tensor, *, name: str) -> bool:
         if labels.is_compatible_with(predictions):
             return False
     received = f"Received: y_true.shape={labels}, y_pred.shape={predictions}"
+    if labels.rank is None:
+        received += (
+            ". TensorFlow gives labels of unknown rank if it traces a function again for labels "
+            "of another rank, such as one-hot after sparse. Then call `compile` again"
+        )
     raise ValueError(f"{_shape_message(name)} {received}")
 
 

@@ -152,3 +152,15 @@ def test_large_class_indices_with_floatx_float16():
     log_p = np.zeros((1, 5000), "float32")
     log_p[0, 4097] = -3
     assert loss([4097], log_p).numpy() == 3
+
+
+def test_labels_of_another_rank_need_another_compile(rng):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+    model.compile("sgd", DropMaxLoss())
+    x, y = rng.normal(size=(8, 3)), np.arange(8, dtype="float32") % 4
+    one_hot = np.eye(4, dtype="float32")[y.astype(int)]
+    model.fit(x, y, verbose=0)
+    with pytest.raises(ValueError, match=r"(?s)Labels must.*y_pred.*another rank.*compile"):
+        model.fit(x, one_hot, verbose=0)
+    model.compile("sgd", DropMaxLoss())
+    model.fit(x, one_hot, verbose=0)
