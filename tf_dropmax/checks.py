@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Collection
 from typing import Any
@@ -48,11 +47,12 @@ def check_number(name: str, value: Any, expected: str, valid: Callable[[float], 
 
 
 def check_weight(name: str, value: Any) -> float:
-    return check_number(name, value, "a float >= 0 and below 1e30", lambda x: 0 <= x < 1e30)
+    # With larger weights, losses of large features overflow in float32.
+    return check_number(name, value, "a float in [0, 1e6]", lambda x: 0 <= x <= 1e6)
 
 
 def check_temperature(name: str, value: Any) -> float:
-    return check_number(name, value, "a finite float > 0", lambda x: 0 < x < math.inf)
+    return check_number(name, value, "a float in [1e-6, 1e6]", lambda x: 1e-6 <= x <= 1e6)
 
 
 def check_probability(name: str, value: Any) -> float:

@@ -75,9 +75,9 @@ class DropMaxHead(InspectableHead):
             this is deterministic attention: it replaces the mask of the target too, and trains on
             eq. (18) with the entropy term and without KL divergence. With `posterior="label"` the
             mask of the target stays 1. Defaults to `True`.
-        temperature: Positive float, temperature of the relaxed masks (6). Small values are closer
-            to hard masks. Defaults to 0.1, as in the paper.
-        entropy_weight: `None` or non-negative float, the paper's lambda, weight of the entropy
+        temperature: Float in [1e-6, 1e6], temperature of the relaxed masks (6). Small values are
+            closer to hard masks. Defaults to 0.1, as in the paper.
+        entropy_weight: `None` or float in [0, 1e6], the paper's lambda, weight of the entropy
             regulariser (14). Larger values push retain probabilities towards 1/2. The regulariser
             is a sum over classes. With many classes a weight of 1 can keep a network from
             learning. `None` is `min(1, 30 / units)`. Defaults to `None`.
@@ -102,11 +102,11 @@ class DropMaxHead(InspectableHead):
             about the label; see `functional.label_scores_and_entropy`. It adds the weights
             `auxiliary_kernel` and `auxiliary_bias`, with the regularizers and constraints of the
             retain branch. Predictions do not use them. Defaults to `"prior"`.
-        auxiliary_weight: `None` or non-negative float, weight of the loss of the auxiliary
+        auxiliary_weight: `None` or float in [0, 1e6], weight of the loss of the auxiliary
             classifier, which is a sum over classes. 1.0 is as published. `None` is
             `min(0.1, 3 / units)`. Defaults to `None`.
-        predict_temperatures: `None` or a dictionary from predict modes to positive floats, the
-            temperatures by which log-probabilities are divided at inference. `calibrate` fits
+        predict_temperatures: `None` or a dictionary from predict modes to floats in [1e-6, 1e6],
+            the temperatures by which log-probabilities are divided at inference. `calibrate` fits
             them. A mode that is not in it has 1.0. Defaults to `None`.
         **kwargs: `name`, `dtype`, `trainable` and `activity_regularizer`, as for every layer.
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tf_dropmax import functional
 from tf_dropmax.checks import check_one_of, check_positive_int, check_temperature
+from tf_dropmax.functional.numerics import LIMIT
 
 PREDICT_MODES = ("expected", "sampled", "exact", "softmax")
 
@@ -47,7 +48,13 @@ class PredictSetting(NamedTuple):
             )
         setting = cls("expected", check_positive_int("predict_samples", samples))
         for each, temperature in (temperatures or {}).items():
-            setting = setting.changed(each).with_temperature(temperature)
+            if each not in PREDICT_MODES:
+                raise ValueError(
+                    f"The keys of `predict_temperatures` must be in {PREDICT_MODES}. "
+                    f"Received: predict_temperatures={temperatures!r}"
+                )
+            name = f"predict_temperatures[{each!r}]"
+            setting = setting.changed(each).with_temperature(temperature, name)
         return setting.changed(mode)
 
     def changed(self, mode: Any, samples: Any = None) -> PredictSetting:
@@ -66,13 +73,13 @@ class PredictSetting(NamedTuple):
         """The temperature of the mode in force."""
         return self.temperatures[PREDICT_MODES.index(self.mode)]
 
-    def with_temperature(self, temperature: Any) -> PredictSetting:
-        """The setting with another temperature of the mode in force.
+    def with_temperature(self, temperature: Any, name: str = "temperature") -> PredictSetting:
+        """The setting with another temperature of the mode in force. Errors call it `name`.
 
         Raises:
-            ValueError: If `temperature` is not a finite float > 0.
+            ValueError: If `temperature` is not a float in [1e-6, 1e6].
         """
-        temperature = check_temperature("temperature", temperature)
+        temperature = check_temperature(name, temperature)
         pairs = zip(PREDICT_MODES, self.temperatures, strict=True)
         changed = tuple(temperature if mode == self.mode else other for mode, other in pairs)
         return self._replace(temperatures=changed)
@@ -112,7 +119,8 @@ def log_probabilities(
             logits, retain_logits(), setting.samples, _refused_by_converters(seed(), logits)
         )
     if setting.temperature != 1.0:
-        log_p = tf.nn.log_softmax(log_p / tf.constant(setting.temperature, log_p.dtype))
+        scaled = log_p / tf.constant(setting.temperature, log_p.dtype)
+        log_p = tf.nn.log_softmax(tf.maximum(scaled, -LIMIT))  # Small temperatures overflow.
     return tf.minimum(log_p, tf.constant(_LARGEST[log_p.dtype.name], log_p.dtype))
 
 

@@ -61,7 +61,7 @@ def set_predict_temperature(model: keras.layers.Layer, temperature: float = 1.0)
     Args:
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a
             `DropMaxHead`, or is one.
-        temperature: Positive float. Defaults to 1.0.
+        temperature: Float in [1e-6, 1e6]. Defaults to 1.0.
 
     Raises:
         ValueError: If `temperature` is not as above, or the model has no `DropMaxHead`. The model

@@ -222,12 +222,14 @@ def test_models_that_cannot_be_calibrated(data):
     ]:
         with pytest.raises(ValueError, match=message):
             calibrate(model, x, y)
-    for temperature in (0, -1.0, np.nan, np.inf, "2", None):
+    for temperature in (0, 1e-38, 1e7, -1.0, np.nan, np.inf, "2", None):
         with pytest.raises(ValueError, match=r"`temperature` must be.*Received"):
             set_predict_temperature(outputs, temperature)
-        with pytest.raises(ValueError, match=r"`temperature` must be.*Received"):
+        with pytest.raises(
+            ValueError, match=r"`predict_temperatures\['exact'\]` must be.*Received"
+        ):
             DropMaxHead(4, predict_temperatures={"exact": temperature})
-    with pytest.raises(ValueError, match="predict_mode"):
+    with pytest.raises(ValueError, match=r"keys of `predict_temperatures` must be.*'mean'"):
         DropMaxHead(4, predict_temperatures={"mean": 2.0})
 
 
@@ -292,3 +294,13 @@ def test_padded_positions_without_weight_are_ignored(rng):
     expected = calibrate(model, x[:, :3], y[:, :3])
     assert calibrate(model, x, padded, weights) == pytest.approx(expected, rel=1e-5)
     assert calibrate(model, x, padded, weights[..., None]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["expected", "exact", "softmax"])
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_extreme_temperatures_give_finite_predictions(rng, mode, temperature):
+    head = DropMaxHead(4, predict_mode=mode, predict_temperatures={mode: temperature})
+    for scale in (1.0, 1e30):
+        log_p = head(scale * rng.normal(size=(9, 5)).astype("float32")).numpy()
+        assert np.isfinite(log_p).all()
+        np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)

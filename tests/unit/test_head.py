@@ -452,8 +452,8 @@ def test_from_dense_refuses_what_it_cannot_start_from():
             {"retain_probability": value}
             for value in (0, 1, 0.0, 1.0, -0.1, 1.5, np.nan, "0.5", True)
         ),
-        *({"temperature": value} for value in (0, -0.1, np.nan, np.inf, "0.1", None)),
-        *({"entropy_weight": value} for value in (-1e-9, np.nan, np.inf, "1")),
+        *({"temperature": value} for value in (0, 1e-7, -0.1, np.nan, np.inf, "0.1", None)),
+        *({"entropy_weight": value} for value in (-1e-9, 1e8, np.nan, np.inf, "1")),
         *({"predict_mode": value} for value in ("mean", None, 0)),
         *({"predict_samples": value} for value in (0, -1, 1.5, None)),
         *({"seed": value} for value in (1.5, "1", True)),
@@ -462,7 +462,7 @@ def test_from_dense_refuses_what_it_cannot_start_from():
         {"retain_probability": 0.5, "stochastic": False},
         {"posterior": "both"},
         {"posterior": "label", "retain_probability": 0.5},
-        *({"auxiliary_weight": value} for value in (-1, np.inf, "1")),
+        *({"auxiliary_weight": value} for value in (-1, 1e8, np.inf, "1")),
     ],
     ids=str,
 )
