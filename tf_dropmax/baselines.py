@@ -73,11 +73,12 @@ class SampledSoftmaxLoss(LabelLoss):
     probability that a class is drawn is subtracted from its logit. The target always takes part,
     and only once.
 
-    A loss does not know whether the model is training. `evaluate` and `val_loss` therefore report
-    the sampled loss too, and a learned sampler also counts their labels. For the negative
-    log-likelihood, use the metric `keras.metrics.SparseCategoricalCrossentropy(from_logits=True)`.
-    The states of the sampler and of its seed are not saved with a model. With a `tf.distribute`
-    strategy, create the loss in the scope of the strategy.
+    A loss does not know whether the model is training. So `evaluate` and `val_loss` also report the
+    sampled loss, and a learned sampler also counts the labels of the validation data. For the
+    negative log-likelihood, use the metric
+    `keras.metrics.SparseCategoricalCrossentropy(from_logits=True)`. The states of the sampler and
+    of its seed are not saved with a model. With a `tf.distribute` strategy, create the loss in the
+    scope of the strategy.
 
     Args:
         sample_fraction: Float in (0, 1), the fraction of the classes to draw. At least one class

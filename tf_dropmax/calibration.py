@@ -1,4 +1,4 @@
-"""Temperature scaling: a number, fitted on held-out data, that corrects probabilities."""
+"""Temperature scaling: one number, fitted on held-out data, corrects probabilities."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def calibrate(
     sample_weight: Any = None,
     batch_size: int = 256,
 ) -> float:
-    """Fits the temperature of the log-probabilities, for the mode that a model predicts in.
+    """Fits the temperature of the log-probabilities in the current mode of a model.
 
-    The temperature minimises the negative log-likelihood of the labels. Predictions, evaluation,
-    saved and exported models use it from then on; training does not. Every mode has a temperature
-    of its own: to fit that of another mode, call this function inside `predict_mode`. No
-    prediction changes its class, up to rounding where two classes are all but equal. On the given
-    predictions the likelihood never gets worse. To undo the calibration, call
+    The temperature minimises the negative log-likelihood of the labels. From then on, predictions,
+    evaluations and saved and exported models use it. Training does not. Every mode has its own
+    temperature. To fit that of another mode, call this function inside `predict_mode`. The
+    predicted classes stay the same, except by rounding if two classes have almost the same
+    probability. The likelihood of the given data never gets worse. To undo the calibration, call
     `set_predict_temperature(model, 1.0)`.
 
     Keras masks and the `ignore_class` of the loss do not reach this function. Give such positions

@@ -117,7 +117,7 @@ class DropMaxPredict(_Callback):
 
 
 class DropMaxMonitor(_Callback):
-    """Callback that logs what the head has learned about its masks, and anneals its settings.
+    """Callback that logs what the head has learned about its masks, and can change its settings.
 
     After every epoch it adds means over the given examples to the logs. They reach `history` and
     every callback after this one (`TensorBoard`, `CSVLogger`, `ModelCheckpoint`, ...):
@@ -127,13 +127,13 @@ class DropMaxMonitor(_Callback):
         retained_classes   expected number of classes that a mask keeps, `sum_t rho_t`
         mask_entropy       mean entropy of a mask, in nats, at most log 2
 
-    It also adds the settings that it anneals, with their values in that epoch. If the model has
-    several heads, each is watched, and the names begin with the name of the head and an
-    underscore. All heads are annealed alike.
+    It also logs the settings that it changes, with their values in that epoch. If the model has
+    several heads, it logs the values of each. Their names then begin with the name of the head and
+    an underscore. All heads get the same settings.
 
     Args:
-        x: `None` or the inputs of the model, as for `predict`: a tensor, an array or a structure
-            of them, of shape `(examples, ...)`. Use validation data. `None` watches nothing.
+        x: `None` or the inputs of the model, as for `predict`: a tensor, an array or a structure of
+            them, of shape `(examples, ...)`. Use validation data. `None` logs no such values.
             Positions that a Keras mask excludes are ignored. Defaults to `None`.
         y: Integer labels, or floats that are whole numbers, of shape `(examples, ...)` or
             `(examples, ..., 1)`, or one-hot labels of shape `(examples, ..., T)`. Required with
@@ -142,7 +142,7 @@ class DropMaxMonitor(_Callback):
             from 0) that returns the value of this setting of the head in that epoch. A
             `keras.optimizers.schedules.LearningRateSchedule` is such a function. Default to
             `None`.
-        batch_size: Positive int, number of examples that are watched at a time. Defaults to 256.
+        batch_size: Positive int, number of examples in a batch of this callback. Defaults to 256.
 
     Raises:
         ValueError: If there is nothing to do, `x` and `y` do not match, or an argument is not as

@@ -50,16 +50,18 @@ class DropMaxHead(InspectableHead):
         retain logits  r = features @ retain_kernel + retain_bias
         retain probability  rho = sigmoid(r)                                            (4)
 
-    In training, relaxed Bernoulli masks (6) keep every class but the target in the softmax with
-    probability `rho`. The layer sees no labels. It returns the score that every class has if it
-    is the target, and `DropMaxLoss` picks the score of the label. The layer adds the entropy term
-    `-entropy_weight * mean(sum_t H(rho_t))` by `add_loss`. Together they are the objective (15).
+    In training, a relaxed Bernoulli mask (6) keeps each class in the softmax with probability
+    `rho`. The target is always kept. The layer gets no labels. It returns one score per class,
+    computed as if that class were the label. Scores are not log-probabilities. `DropMaxLoss` picks
+    the score of the label. The layer adds the entropy term `-entropy_weight * mean(sum_t H(rho_t))`
+    by `add_loss`. The sum of both is the loss of the paper, the objective (15) with the opposite
+    sign. The entropy term is negative, so a negative training loss is normal.
 
-    At inference the layer returns log-probabilities: their `exp` sums to 1. They are at most
-    `log(1 - 2**-24)`, because some metrics of Keras skip entries that are 0 (`log(1 - 2**-29)` in
-    float64). The output is
-    float32 under every dtype policy except `"float64"`. To get probabilities from a trained
-    model, put `keras.layers.Softmax()` on top.
+    At inference the layer returns log-probabilities: their `exp` sums to 1. None of them is 0,
+    because some Keras metrics skip entries that are 0. The largest is `log(1 - 2**-24)` in float32
+    and `log(1 - 2**-29)` in float64. The output is float64 under the dtype policy `"float64"`, and
+    float32 under every other policy. To get probabilities from a trained model, put
+    `keras.layers.Softmax()` on top.
 
     As with every `add_loss` in Keras, `sample_weight`, `class_weight`, `loss_weights` and the
     reduction of the loss do not apply to the entropy term. Call the head on sequences and images
@@ -67,19 +69,19 @@ class DropMaxHead(InspectableHead):
 
     Args:
         units: Positive int, the number of classes T.
-        retain_probability: `None` or float in (0, 1). `None` is adaptive DropMax, which learns
-            the retain probability as a function of the features. A float is random DropMax: hard
-            masks keep every class but the target with this probability. Random DropMax has no
+        retain_probability: `None` or float in (0, 1). `None` is adaptive DropMax, which learns the
+            retain probability as a function of the features. A float is random DropMax: hard masks
+            keep each class with this probability, and always keep the target. Random DropMax has no
             retain branch, no KL divergence and no entropy term. Defaults to `None`.
-        stochastic: Bool. `False` replaces the masks by their means. With `posterior="prior"`
-            this is deterministic attention: it replaces the mask of the target too, and trains on
-            eq. (18) with the entropy term and without KL divergence. With `posterior="label"` the
-            mask of the target stays 1. Defaults to `True`.
+        stochastic: Bool. `False` replaces the masks by their means. With `posterior="prior"` this
+            is deterministic attention: the head trains on eq. (18) with the entropy term. There is
+            no KL divergence, and the mask of the target is replaced by its mean too. With
+            `posterior="label"` the mask of the target stays 1. Defaults to `True`.
         temperature: Float in [1e-6, 1e6], temperature of the relaxed masks (6). Small values are
             closer to hard masks. Defaults to 0.1, as in the paper.
         entropy_weight: `None` or float in [0, 1e6], the paper's lambda, weight of the entropy
             regulariser (14). Larger values push retain probabilities towards 1/2. The regulariser
-            is a sum over classes. With many classes a weight of 1 can keep a network from
+            is a sum over classes. With many classes, a weight of 1 can prevent a network from
             learning. `None` is `min(1, 30 / units)`. Defaults to `None`.
         use_bias: Bool, whether the branches have a bias. Defaults to `True`.
         kernel_initializer, retain_kernel_initializer: Initializers. Default to
@@ -90,24 +92,25 @@ class DropMaxHead(InspectableHead):
         kernel_constraint, bias_constraint, retain_kernel_constraint, retain_bias_constraint:
             Constraints. Default to `None`.
         predict_mode: `"expected"` (18), `"sampled"` (17), `"exact"` (16) or `"softmax"` (2), what
-            inference computes. It is fixed when a graph is traced. To change it later, use
-            `DropMaxPredict`, `predict_mode` or `set_predict_mode`. Defaults to `"expected"`.
+            the head computes at inference. To change it later, use `DropMaxPredict`, `predict_mode`
+            or `set_predict_mode`. Defaults to `"expected"`.
         predict_samples: Positive int, number of masks in mode `"sampled"`. Defaults to 30.
-        seed: `None` or int. Seeds the masks and those initializers of this layer that have no
-            seed. Global seeds are unchanged. `None` is a new seed for each layer. Defaults to
-            `None`.
-        posterior: `"prior"` or `"label"`, the distribution of the training masks. `"prior"` are
-            the retain probabilities themselves (9), as in the submission. `"label"` is the
-            posterior of NeurIPS 2018, which an auxiliary classifier on the same features informs
-            about the label; see `functional.label_scores_and_entropy`. It adds the weights
-            `auxiliary_kernel` and `auxiliary_bias`, with the regularizers and constraints of the
-            retain branch. Predictions do not use them. Defaults to `"prior"`.
+        seed: `None` or int. Seeds the masks, and the initializers of this layer that have no seed
+            of their own. Global seeds stay unchanged. With `None`, every layer gets a new seed.
+            Defaults to `None`.
+        posterior: `"prior"` or `"label"`, the distribution of the training masks. `"prior"` are the
+            retain probabilities (9), as in the ICLR 2018 submission. `"label"` is the posterior of
+            the NeurIPS 2018 paper: an auxiliary classifier on the same features learns to predict
+            the label, and its logits are added to the retain logits; see
+            `functional.label_scores_and_entropy`. It adds the weights `auxiliary_kernel` and
+            `auxiliary_bias`, with the regularizers and constraints of the retain branch.
+            Predictions do not use them. Defaults to `"prior"`.
         auxiliary_weight: `None` or float in [0, 1e6], weight of the loss of the auxiliary
             classifier, which is a sum over classes. 1.0 is as published. `None` is
             `min(0.1, 3 / units)`. Defaults to `None`.
         predict_temperatures: `None` or a dictionary from predict modes to floats in [1e-6, 1e6],
             the temperatures by which log-probabilities are divided at inference. `calibrate` fits
-            them. A mode that is not in it has 1.0. Defaults to `None`.
+            them. A mode that is missing has the temperature 1.0. Defaults to `None`.
         **kwargs: `name`, `dtype`, `trainable` and `activity_regularizer`, as for every layer.
 
     Input shape:
@@ -253,10 +256,10 @@ class DropMaxHead(InspectableHead):
             training: Bool. Defaults to `False`.
             mask: `None` or bool tensor, shape `(batch, ...)`, the Keras mask. The entropy term
                 ignores positions where it is `False`. Defaults to `None`.
-            output: `"classes"`; or `"retain_probabilities"` (4) or `"logits"`, in training and at
-                inference alike, to make them an output of the model by a second call of the same
-                layer. Such a call adds no entropy term. Keras applies an `activity_regularizer`
-                to every call. Defaults to `"classes"`.
+            output: `"classes"`, `"retain_probabilities"` (4) or `"logits"`. The last two are the
+                same in training and at inference. To make them an output of the model, call the
+                same layer a second time. Such a call adds no entropy term. Keras applies an
+                `activity_regularizer` to every call. Defaults to `"classes"`.
 
         Returns:
             Tensor of shape `(batch, ..., units)`, float32 (float64 under the policy `"float64"`).

@@ -50,14 +50,15 @@ class InspectableHead(BranchedLayer):
         return tf.fill(shape, tf.constant(self.retain_probability, self._output_dtype))
 
     def uncertainty(self, features: Any, samples: int = 100) -> functional.Uncertainty:
-        """How uncertain a prediction is, and how much of that comes from the masks.
+        """How uncertain a prediction is, and how much of the uncertainty comes from the masks.
 
         Args:
             features: Float tensor or array, shape `(batch, ..., d)`, an input of the head.
             samples: Positive int, number of masks that are drawn. Defaults to 100.
 
         Returns:
-            A `tf_dropmax.functional.Uncertainty`. It does not depend on the predict mode.
+            A `tf_dropmax.functional.Uncertainty`. It does not depend on the predict mode or its
+            temperature.
 
         Raises:
             ValueError: If the features are not floating point or have another last dimension, or

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 
 def at_label(y_true: Any, values: Any, *, name: str) -> tf.Tensor:
-    """The label's entry of `values`; for dense labels the sum over classes, weighted by the label.
+    """The entry of the label in `values`. For dense labels, it is a sum weighted by the label.
 
     Args:
         y_true: Labels, shape `(...)`, `(..., 1)` or `(..., T)`.

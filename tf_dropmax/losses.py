@@ -84,20 +84,22 @@ class LabelLoss(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable("tf_dropmax")
 class DropMaxLoss(LabelLoss):
-    """The loss for `DropMaxHead`: minus the label's entry of the head's output.
+    """The loss for `DropMaxHead`: minus the output of the head for the label.
 
         loss = -y_pred[y]                  sparse labels
         loss = -sum_t y_t y_pred_t         one-hot or soft labels
 
-    In training the head returns scores. The batch mean of this loss plus the `add_loss` of the
-    head is the objective (15). At inference the head returns log-probabilities, and this loss is
-    the negative log-likelihood in nats. `evaluate` and `val_loss` report it.
+    Use it only with `DropMaxHead`. With a `Dense` layer it raises no error, but training can lower
+    it without limit. In training the head returns scores. The batch mean of this loss plus the
+    entropy term that the head adds by `add_loss` is the objective (15) with the opposite sign. It
+    may be negative. At inference the head returns log-probabilities, and this loss is the negative
+    log-likelihood in nats. `evaluate` and `val_loss` report it.
 
     Args:
-        ignore_class: `None` or int. Sparse labels equal to it are ignored, also in the divisor of
-            the mean. Typical values are 255 and -1 for void pixels. The entropy term of the head
-            does not depend on labels; to ignore positions there too, use a Keras mask. Defaults
-            to `None`.
+        ignore_class: `None` or int. Examples with this sparse label are ignored. The mean is over
+            the other examples. Typical values are 255 and -1 for void pixels. The entropy term of
+            the head does not depend on labels; to ignore positions there too, use a Keras mask.
+            Defaults to `None`.
         label_smoothing: Float in [0, 1). The label has the weight `1 - label_smoothing`, and the
             weight `label_smoothing` is spread evenly over all classes. Defaults to 0.0.
         reduction: As for every Keras loss. It does not apply to the entropy term of the head,

@@ -1,8 +1,8 @@
-"""Which mode a model predicts in. As with `training`, the mode is fixed when a graph is traced.
+"""The mode in which a model predicts. A graph keeps the mode in which it was traced.
 
-A change therefore has two halves: the setting of the heads, and the compiled functions of the
-models whose graphs hold them. The functions of every mode are kept, so that a return to a mode
-traces nothing.
+A change of the mode therefore changes two things: the settings of the heads, and the compiled
+functions of the models that contain them. The functions of every mode are kept, so that a return to
+a mode traces nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _KEPT_SAMPLES = 3  # For so many numbers of samples the functions are kept.
 def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int | None = None) -> None:
     """Sets the mode in which every `DropMaxHead` of a model predicts from now on.
 
-    Compiled functions follow: those of `model`, of the models in it, and of the models that call
-    it in their `call`. A `tf.function` of your own keeps the mode that it was traced in. If a
-    model has a `predict_step`, `test_step` or `train_step` of its own, give that model and not
-    one that its step calls. `model.save` and `model.export` keep the mode.
+    You can change the mode at any time. `fit`, `predict` and `evaluate` follow: those of `model`,
+    of the models in it, and of the models that call it in their `call`. Only a `tf.function` of
+    your own keeps the mode in which it was traced. If your own `train_step`, `test_step` or
+    `predict_step` calls an inner model that contains the head, pass the outer model, not the inner
+    one. `model.save` and `model.export` store the current mode.
 
     Args:
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a
@@ -52,11 +53,11 @@ def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int | None =
 
 
 def set_predict_temperature(model: keras.layers.Layer, temperature: float = 1.0) -> None:
-    """Sets the temperature of the log-probabilities for the mode that a model predicts in.
+    """Sets the temperature of the log-probabilities in the current mode of a model.
 
-    Log-probabilities are divided by the temperature and normalised again. Training does not use
-    it. Every mode has a temperature of its own. `calibrate` fits it; a temperature of 1.0 undoes
-    that.
+    Log-probabilities are divided by the temperature and normalised again. Training does not use it.
+    Every mode has a temperature of its own. `calibrate` fits it. Set it to 1.0 to undo a
+    calibration.
 
     Args:
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a
@@ -85,11 +86,11 @@ def predict_mode(
     """Context manager in which every `DropMaxHead` of a model predicts in the given mode.
 
     It applies to `predict`, `evaluate` and direct calls, of `model`, of the models in it, and of
-    the models that call it in their `call`. On leaving, also by an exception, every head is back
-    in the mode it had. A `tf.function` of your own keeps the mode that it was traced in. If a
-    model has a `predict_step`, `test_step` or `train_step` of its own, give that model and not
-    one that its step calls. The mode belongs to the model: do not change it in one thread while
-    another thread predicts.
+    the models that call it in their `call`. When the block ends, also by an exception, every head
+    returns to its earlier mode. Only a `tf.function` of your own keeps the mode in which it was
+    traced. If your own `train_step`, `test_step` or `predict_step` calls an inner model that
+    contains the head, pass the outer model, not the inner one. The mode belongs to the model: do
+    not change it in one thread while another thread predicts with the same model.
 
     Args:
         model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a

@@ -18,9 +18,8 @@ from tf_dropmax.inference import PredictSetting
 class Setting:
     """A float attribute of a layer that can be set at any time.
 
-    The value is held in a `tf.Variable`, which a graph reads at every step. It is no state of the
-    layer: a checkpoint or a weights file does not contain it, and restoring one leaves it
-    unchanged.
+    The value is held in a `tf.Variable`, which a graph reads at every step. Checkpoints and weights
+    files do not contain the value. If you load one, the value stays the same.
 
     Args:
         check: Function of the name and a value. It returns the value as a float or raises.

@@ -66,10 +66,11 @@ def dropmax_head(
     - `"entropy_weight"`: log-uniform from a hundredth of the default to ten times the default,
       which is [0.01, 10] up to 30 classes. The paper tried 0.0001 to 1.
     - `"temperature"`: log-uniform in [0.05, 1]. Above 1 the density of a relaxed mask with retain
-      probability 1/2 is highest in the middle. At low temperatures few masks have a gradient.
+    probability 1/2 is highest in the middle. At low temperatures, most masks are so close to 0 or 1
+    that they have almost no gradient.
     - `"posterior"`: `"prior"` or `"label"`. With `"label"` there is also an entry
-      `"auxiliary_weight"`, log-uniform from a tenth of the default to ten times the default, which
-      is [0.01, 1] up to 30 classes. The paper has 1.
+    `"auxiliary_weight"`, log-uniform from a tenth of the default to ten times the default, which is
+    [0.01, 1] up to 30 classes. The paper uses 1.
     - `"retain_l2"`: 0, 1e-4, 1e-3 or 1e-2, as the weight decays of the paper, for an L2
       regularizer of the retain kernel.
 

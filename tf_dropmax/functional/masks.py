@@ -43,9 +43,9 @@ def relaxed_mask_logits(
 ) -> tf.Tensor:
     """Logits of the relaxed Bernoulli masks, eq. (6) before its sigmoid.
 
-    `(r + log u - log(1 - u)) / temperature`. The sigmoid of the result is the mask `z`. The
-    sigmoid of its negative is `1 - z` without cancellation. This is why the functions of this
-    package take mask logits and not masks.
+    `(r + log u - log(1 - u)) / temperature`. The sigmoid of the result is the mask `z`. The sigmoid
+    of its negative is `1 - z`, without the rounding error of a subtraction. This is why the
+    functions of this package take mask logits instead of masks.
 
     Args:
         retain_logits: Float tensor, shape `(..., T)`.

@@ -1,4 +1,4 @@
-"""The training objective: what every class would score if it were the target.
+"""The training objective: one score per class, computed as if that class were the label.
 
 The loss of an example is minus the score of its label, minus the weighted entropy of the masks.
 """
@@ -75,7 +75,7 @@ def _times_drop_slope(logits, drop):
 
 
 def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
-    """Log-likelihood (5) of every class if it were the target, whose mask is 1.
+    """One log-likelihood (5) per class, as if that class were the target and its mask 1.
 
     With `w = exp(o)` and `S = sum_t z_t w_t` over all masks, the result is `o_k - log D_k`, where
     `D_k = S + (1 - z_k) w_k`. There is no subtraction, so nothing cancels. The cost is O(T) for
@@ -136,13 +136,13 @@ def prior_scores_and_entropy(
     mask_logits: Any,
     entropy_weight: float | tf.Tensor = 1.0,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Both halves of the objective (15), with masks from the prior (9).
+    """Both parts of the objective (15), with masks from the prior (9).
 
     The score is `score_k = log rho_k + o_k - log D_k - entropy_weight * H(rho_k)`; see
-    `target_log_likelihood` for `D_k`. For a target y, the objective (15) with its sign turned is
-    exactly `-score_y - entropy_weight * sum_t H(rho_t)`. This is the sum of the cross entropy
-    with the mask of the target at 1, the KL divergence (10), and the entropy regulariser (14)
-    over the other classes.
+    `target_log_likelihood` for `D_k`. For a target y, the loss, which is the objective (15) with
+    the opposite sign, is exactly `-score_y - entropy_weight * sum_t H(rho_t)`. This is the sum of
+    the cross entropy with the mask of the target at 1, the KL divergence (10), and the entropy
+    regulariser (14) over the other classes.
 
     Args:
         logits: Float tensor, shape `(..., T)`.
@@ -188,8 +188,7 @@ def posterior_logits(retain_logits: Any, auxiliary_logits: Any) -> tf.Tensor:
     """Retain logits of the label posterior (NeurIPS 2018): prior plus auxiliary logits.
 
     Args:
-        retain_logits: Float tensor, shape `(..., T)`, of the prior. It is held fixed: it gets no
-            gradient.
+        retain_logits: Float tensor, shape `(..., T)`, of the prior. It gets no gradient.
         auxiliary_logits: Float tensor, shape `(..., T)`, of the classifier that predicts the
             label.
 
@@ -213,12 +212,12 @@ def label_scores_and_entropy(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Both halves of the objective with masks from the label posterior (NeurIPS 2018).
 
-    For a target y, minus the score is the sum of three terms. The cross entropy has the mask of
-    the target at 1 and the other masks from the posterior. The KL divergence of the posterior
+    For a target y, minus the score is the sum of three terms. In the cross entropy, the mask of the
+    target is 1, and the other masks come from the posterior. The KL divergence of the posterior
     from the prior is `-log rho_y` for the target and `KL(q_t || rho_t)`, of two Bernoulli
-    variables, for the others. The loss of the auxiliary classifier `s`, times
-    `auxiliary_weight`, is `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is over
-    all classes of the prior and does not depend on the label. So it is not part of the score.
+    variables, for the others. The loss of the auxiliary classifier `s`, times `auxiliary_weight`,
+    is `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is over all classes of the
+    prior and does not depend on the label. So it is not part of the score.
 
     Args:
         logits: Float tensor, shape `(..., T)`.

@@ -82,10 +82,11 @@ def sampled_log_probabilities(
 ) -> tf.Tensor:
     """Log of the mean of the softmax (5) over drawn masks, eq. (17).
 
-    The masks are hard Bernoulli draws. One mask is held at a time, so memory is O(B T) whatever
-    `samples` is. A class that no draw kept has an estimate of 0. Its log-probability is then that
-    of the smallest normal number (-87.3 in float32), which is finite. The gradient with respect
-    to `logits` goes through the same draws. The gradient with respect to `retain_logits` is zero.
+    The masks are hard Bernoulli draws. Memory is O(B T) for any number of samples, because only one
+    mask is in memory at a time. If no draw keeps a class, its estimate is 0. The function then
+    returns the log of the smallest normal number (-87.3 in float32), which is finite. The gradient
+    with respect to `logits` goes through the same draws. The gradient with respect to
+    `retain_logits` is zero.
 
     Args:
         logits: Float tensor, shape `(..., T)`.

@@ -38,8 +38,8 @@ def uncertainty(
 
     Let `m = E[p(z)]`, eq. (16), from `exact_log_probabilities`. The entropy is `H(m)`. The mutual
     information is the mean of `KL(p(z) || m)` over drawn masks, which is unbiased and never
-    negative. The spread is the root of the mean of `(p_k(z) - m_k)^2`. One mask is held at a
-    time. There is no gradient.
+    negative. The spread is the root of the mean of `(p_k(z) - m_k)^2`. Only one mask is in memory
+    at a time. There is no gradient.
 
     Args:
         logits: Float tensor, shape `(..., T)`.

@@ -5,8 +5,8 @@ Install what they need with `pip install 'tf_dropmax[plots]'`.
 The functions take arrays and return matplotlib figures or axes. They do not show or save anything.
 Call `figure.savefig(path)`, or `axes.figure.savefig(path)`.
 
-Heat maps draw zero white and larger values darker. Lines differ in dashes and markers as well as
-in colour. Every figure can be read in black-and-white print.
+In heat maps, zero is white, and larger values are darker. Lines differ in dashes and markers as
+well as in colour. Every figure can be read in black-and-white print.
 
 Equations and figures are numbered as in *DropMax: Adaptive Stochastic Softmax* (version 1 of
 arXiv:1712.07834).
