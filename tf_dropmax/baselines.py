@@ -68,17 +68,17 @@ class SparsemaxLoss(LabelLoss):
 class SampledSoftmaxLoss(LabelLoss):
     """The sampled softmax loss on plain logits. The plain softmax (2) computes the predictions.
 
-    The loss is the cross entropy over the target and a sample of the classes. For each batch, a
-    fraction of the classes is drawn without replacement from a distribution Q. The log of the
-    probability that a class is drawn is subtracted from its logit. The target always takes part,
-    and only once.
+    The loss is the cross entropy over the target and a sample of the classes. For each batch, the
+    loss draws a fraction of the classes without replacement from a distribution Q. It subtracts
+    from each logit the log of the probability that the class is drawn. The target always takes
+    part, and counts only once.
 
     A loss does not know whether the model is training. So `evaluate` and `val_loss` also report the
-    sampled loss, and a learned sampler also counts the labels of the validation data. For the
+    sampled loss, and a learned sampler also counts the labels of the evaluation data. For the
     negative log-likelihood, use the metric
-    `keras.metrics.SparseCategoricalCrossentropy(from_logits=True)`. The states of the sampler and
-    of its seed are not saved with a model. With a `tf.distribute` strategy, create the loss in the
-    scope of the strategy.
+    `keras.metrics.SparseCategoricalCrossentropy(from_logits=True)`.
+    The states of the sampler and of its seed are not saved with a model. With a `tf.distribute`
+    strategy, create the loss in the scope of the strategy.
 
     Args:
         sample_fraction: Float in (0, 1), the fraction of the classes to draw. At least one class
@@ -181,7 +181,7 @@ class SampledSoftmaxLoss(LabelLoss):
 def sampled_softmax_scores(
     logits: Any, class_probabilities: Any, uniform: Any, sample_size: int
 ) -> tf.Tensor:
-    """Log-likelihood of every class if it were the target, over the target and sampled classes.
+    """One score per class: its log-likelihood as the target, among itself and the sampled classes.
 
     The sample is drawn without replacement: class t arrives at the time `-log(u_t) / Q_t`, and
     the first `sample_size` classes that arrive are the sample. Let `s` be the time at which the
@@ -262,7 +262,7 @@ def _sparsemax(logits):
 
 
 def sparsemax_scores(logits: Any) -> tf.Tensor:
-    """Minus the sparsemax loss of every class if it were the target.
+    """One score per class: minus the sparsemax loss, computed as if that class were the label.
 
     `score_k = z_k - sum_{t in support} (z_t^2 - tau^2) / 2 - 1/2`, where `z` are the logits and
     `tau` is the threshold of the projection. The gradient of `score_k` is `1_k - sparsemax(z)`.

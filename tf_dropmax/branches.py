@@ -56,15 +56,18 @@ class BranchedLayer(keras.layers.Layer):
     def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> Self:
         """A built head that starts from the kernel and bias of a trained `Dense` layer.
 
-        Train `dense` first, because the head copies its weights. The head takes `units` and
-        `use_bias` from `dense`. It also takes the dtype policy, initializers, regularizers and
-        constraints, unless you pass others. An `activity_regularizer` and `trainable` are not
-        copied. The retain branch starts at zero, so every retain probability is 1/2. In mode
-        `"expected"` the head then predicts what the softmax of `dense` did.
+        Train `dense` first, because the head copies its weights. Compile the new model with
+        `DropMaxLoss`.
+
+        The head takes `units` and `use_bias` from `dense`. It also takes the dtype policy,
+        initializers, regularizers and constraints, unless you pass others. An
+        `activity_regularizer` and `trainable` are not copied. The retain branch starts at zero, so
+        every retain probability is 1/2. In mode `"expected"` the head then predicts what the
+        softmax of `dense` did.
 
         Args:
             dense: A built `keras.layers.Dense` with activation `"linear"` or `"softmax"`, not
-                quantized. It stays unchanged.
+                quantized. It stays unchanged, because the head copies its weights.
             **kwargs: Arguments of `DropMaxHead`, except `units` and `use_bias`.
 
         Returns:

@@ -1,4 +1,7 @@
-"""Temperature scaling: one number, fitted on held-out data, corrects probabilities."""
+"""Temperature scaling: one number corrects underconfident or overconfident probabilities.
+
+The number is fitted on held-out data.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +35,16 @@ def calibrate(
     probability. The likelihood of the given data never gets worse. To undo the calibration, call
     `set_predict_temperature(model, 1.0)`.
 
-    Keras masks and the `ignore_class` of the loss do not reach this function. Give such positions
-    the `sample_weight` 0. Their labels are ignored.
+    This function does not use Keras masks or the `ignore_class` of the loss. Give the positions
+    that they leave out the `sample_weight` 0. The labels of these positions are then ignored.
 
     Use data that the model was not trained on and that you do not test on. Temperature scaling is
     by Guo et al., On Calibration of Modern Neural Networks, ICML 2017. This function needs scipy:
     `pip install 'tf_dropmax[calibration]'`.
 
     Args:
-        model: A `keras.Model` with one `DropMaxHead`, whose one output is that of the head.
+        model: A `keras.Model` with one `DropMaxHead` and one output, the log-probabilities of the
+            head.
         x: Inputs as for `model.evaluate`: an array or tensor or a structure of them; or a
             finite `tf.data.Dataset`, `keras.utils.PyDataset` or generator of batches `(x, y)` or
             `(x, y, sample_weight)`.
@@ -54,10 +58,10 @@ def calibrate(
         Float, the temperature, between 0.01 and 100. It is 1.0 if no other temperature is better.
 
     Raises:
-        ValueError: If `model` is not a model with one head and one output, or the output is not
-            log-probabilities; if the data are not as above; if there are no examples, all labels
-            are the same class, or a log-probability, label or weight is not finite or a weight or
-            label negative. The model is then unchanged.
+        ValueError: If `model` is not a model with exactly one head and one output, or the output
+            is not log-probabilities; if the data are not as above; if there are no examples, or
+            all labels are the same class; if a log-probability, label or weight is not finite; or
+            if a label or weight is negative. The model is then unchanged.
         tf.errors.InvalidArgumentError: If a sparse label is not in [0, T). The model is then
             unchanged.
         ImportError: If scipy is not installed.

@@ -79,11 +79,11 @@ class InspectableHead(BranchedLayer):
         return functional.uncertainty(logits, retain_logits, samples, seed)
 
     def mask_distribution(self, features: Any) -> RelaxedBernoulli:
-        """The distribution of the relaxed masks, eq. (6), for `log_prob`, `sample` and the like.
+        """The distribution of the relaxed training masks, eq. (6).
 
-        The head draws from the same distribution by `functional.relaxed_masks`, because the
-        gradient of `RelaxedBernoulli.sample` is NaN where a mask is close to 0 or 1. This method
-        imports `tensorflow_probability`.
+        It has methods such as `log_prob` and `sample`. The head draws from the same distribution by
+        `functional.relaxed_masks`, because the gradient of `RelaxedBernoulli.sample` is NaN where
+        a mask is close to 0 or 1. This method imports `tensorflow_probability`.
 
         Args:
             features: Float tensor or array, shape `(batch, ..., d)`, an input of the head.

@@ -14,7 +14,9 @@ import tensorflow as tf
 
 
 def at_label(y_true: Any, values: Any, *, name: str) -> tf.Tensor:
-    """The entry of the label in `values`. For dense labels, it is a sum weighted by the label.
+    """The entry of the label in `values`.
+
+    For dense labels, it is the sum over classes, weighted by the label.
 
     Args:
         y_true: Labels, shape `(...)`, `(..., 1)` or `(..., T)`.

@@ -13,7 +13,7 @@ from tf_dropmax.labels import are_sparse, at_label
 
 
 class LabelLoss(keras.losses.Loss):
-    """Minus the label's entry of `scores(y_pred)`.
+    """Loss that is minus the entry of the label in `scores(y_pred)`.
 
     Args:
         ignore_class, label_smoothing, reduction, dtype: As for `DropMaxLoss`.
@@ -89,11 +89,13 @@ class DropMaxLoss(LabelLoss):
         loss = -y_pred[y]                  sparse labels
         loss = -sum_t y_t y_pred_t         one-hot or soft labels
 
-    Use it only with `DropMaxHead`. With a `Dense` layer it raises no error, but training can lower
-    it without limit. In training the head returns scores. The batch mean of this loss plus the
-    entropy term that the head adds by `add_loss` is the objective (15) with the opposite sign. It
-    may be negative. At inference the head returns log-probabilities, and this loss is the negative
-    log-likelihood in nats. `evaluate` and `val_loss` report it.
+    In training the head returns scores. The batch mean of this loss plus the entropy term that the
+    head adds by `add_loss` is the objective (15) with the opposite sign. This sum may be negative.
+    At inference the head returns log-probabilities, and this loss is the negative log-likelihood
+    in nats. `evaluate` and `val_loss` report it.
+
+    Use this loss only with `DropMaxHead`. With a `Dense` layer it raises no error, but training can
+    lower it without limit.
 
     Args:
         ignore_class: `None` or int. Examples with this sparse label are ignored. The mean is over
@@ -105,9 +107,10 @@ class DropMaxLoss(LabelLoss):
         reduction: As for every Keras loss. It does not apply to the entropy term of the head,
             which is always a mean over the batch. Defaults to `"sum_over_batch_size"`.
         name: String. Defaults to `"dropmax_loss"`.
-        dtype: `None`, `"float32"` or `"float64"`. Keras casts labels to this dtype, and narrower
-            dtypes round large class indices. `None` is `keras.config.floatx()` if that is
-            `"float32"` or `"float64"`, and `"float32"` otherwise. Defaults to `None`.
+        dtype: `None`, `"float32"` or `"float64"`. Keras casts labels to this dtype. If you pass
+            a narrower dtype, it is refused, because it would round large class indices. `None` is
+            `keras.config.floatx()` if that is `"float32"` or `"float64"`, and `"float32"`
+            otherwise. Defaults to `None`.
 
     Shapes:
         y_pred: `(batch, ..., T)`.
@@ -120,7 +123,7 @@ class DropMaxLoss(LabelLoss):
         tf.errors.InvalidArgumentError: If the shape of the labels does not fit at run time, or a
             sparse label is not a whole number in [0, T). Labels of masked positions are checked
             too; use `ignore_class` if a special label marks padding. XLA cannot check the values of
-            labels. There the loss of an invalid label is NaN, and the gradient of the other
+            labels. With XLA the loss of an invalid label is NaN, and the gradient of the other
             examples is unaffected.
 
     Example:

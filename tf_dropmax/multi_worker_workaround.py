@@ -21,11 +21,11 @@ def multi_worker(model: keras.Model) -> Iterator[keras.Model]:
 
     It works around two faults of Keras 3, which affect every model (Keras 3.15.1):
 
-    - Before the first step Keras averages a batch over the workers, by a call that does not accept
-      a tuple. It only needs the shapes and dtypes. Here the model is built from the worker's own
-      part of the batch.
-    - After each step Keras averages the metrics over their first axis, but they are scalars. Here
-      they are averaged over the workers.
+    - Before the first step, Keras tries to average a batch over the workers, and the function that
+      it calls does not accept a tuple. Keras needs only the shapes and dtypes of the batch. In this
+      context manager it takes them from the worker's own part of the batch.
+    - After each step, Keras tries to average the metrics over their first axis, but they are
+      scalars. In this context manager it averages them over the workers.
 
     Nothing else changes. Under other strategies nothing changes at all.
 

@@ -4,7 +4,7 @@ An objective is a small object with a tuple `branches`, the names of the weights
 besides the kernel and bias of the logits, and a method `scores_and_entropy`. The method returns two
 tensors. The first has one score per class, computed as if that class were the label. The second is
 the sum of the mask entropies, or `None` if there is no entropy term. The loss of an example is
-minus the score of its label minus `entropy_weight` times that sum.
+minus the score of its label, minus `entropy_weight` times that sum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _FULL_WEIGHT_CLASSES = 30
 
 
 def class_scale(units: int) -> float:
-    """Factor of the default weights of terms that are sums over classes: `min(1, 30 / units)`."""
+    """Factor `min(1, 30 / units)` of the default weights.
+
+    It applies to terms that are sums over classes.
+    """
     return min(1.0, _FULL_WEIGHT_CLASSES / units)
 
 

@@ -1,7 +1,7 @@
 """The settings of a head as attributes.
 
-A compiled training follows the settings of the training without being traced again. A prediction
-depends on settings that are fixed when it is traced, so these attributes are read-only.
+A compiled model reads the training settings in every step, so you can set them without a new trace.
+The prediction settings are fixed when a graph is traced, so their attributes are read-only.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class PredictAttribute(property):
     Args:
         get: Function from the `PredictSetting` of the head to the value.
         doc: String, the docstring of the attribute.
-        instead: Sentence that the error of an assignment ends with.
+        instead: String, a sentence for the error message: what to call instead of an assignment.
     """
 
     def __init__(self, get: Callable[[PredictSetting], Any], doc: str, instead: str):

@@ -18,10 +18,10 @@ The setting that matters most is `entropy_weight`. You can tune it without this 
 is a layer before the head with a penalty that is worth a search too. `DropMaxHyperModel` also
 builds and compiles the model.
 
-The objective must mean the same in every trial. Use a metric on validation data: `val_nll` as
-above, or `val_accuracy`. The training loss contains `entropy_weight`, so a tuner could lower it
-without a better model. `val_loss` does not contain `entropy_weight`, but it contains the penalties
-of the regularizers. Use it only if none of them is tuned.
+Use a metric on validation data as the objective: `val_nll` as above, or `val_accuracy`. Do not use
+the training loss: it depends on `entropy_weight`, so a tuner could lower it without a better model.
+`val_loss` contains the penalties of the regularizers, so use it only if you do not tune
+regularizers.
 
 All tuners of keras-tuner accept these spaces. `BayesianOptimization` needs scikit-learn and scipy:
 `pip install 'keras-tuner[bayesian]'`.
@@ -66,17 +66,17 @@ def dropmax_head(
     - `"entropy_weight"`: log-uniform from a hundredth of the default to ten times the default,
       which is [0.01, 10] up to 30 classes. The paper tried 0.0001 to 1.
     - `"temperature"`: log-uniform in [0.05, 1]. Above 1 the density of a relaxed mask with retain
-    probability 1/2 is highest in the middle. At low temperatures, most masks are so close to 0 or 1
-    that they have almost no gradient.
+      probability 1/2 is highest in the middle. At low temperatures, most masks are so close to 0
+      or 1 that they have almost no gradient.
     - `"posterior"`: `"prior"` or `"label"`. With `"label"` there is also an entry
-    `"auxiliary_weight"`, log-uniform from a tenth of the default to ten times the default, which is
-    [0.01, 1] up to 30 classes. The paper uses 1.
+      `"auxiliary_weight"`, log-uniform from a tenth of the default to ten times the default, which
+      is [0.01, 1] up to 30 classes. The paper uses 1.
     - `"retain_l2"`: 0, 1e-4, 1e-3 or 1e-2, as the weight decays of the paper, for an L2
       regularizer of the retain kernel.
 
-    If the tuner was given an entry of the same name (`hyperparameters=`), that entry is used. It
-    may be another range, a `Choice` or a `Fixed`. Two heads of a model share their entries, unless
-    one of them is made in a `hp.name_scope`.
+    If you give the tuner an entry of the same name (`hyperparameters=`), the head uses that entry.
+    The entry may be another range, a `Choice` or a `Fixed`. Two heads of a model share their
+    entries, unless you make one of them inside `hp.name_scope`.
 
     Args:
         hp: A `keras_tuner.HyperParameters`.

@@ -43,8 +43,8 @@ def relaxed_mask_logits(
 ) -> tf.Tensor:
     """Logits of the relaxed Bernoulli masks, eq. (6) before its sigmoid.
 
-    `(r + log u - log(1 - u)) / temperature`. The sigmoid of the result is the mask `z`. The sigmoid
-    of its negative is `1 - z`, without the rounding error of a subtraction. This is why the
+    `(r + log u - log(1 - u)) / temperature`. The sigmoid of the result is the mask `z`. The
+    sigmoid of its negative is `1 - z`, without the rounding error of a subtraction. This is why the
     functions of this package take mask logits instead of masks.
 
     Args:

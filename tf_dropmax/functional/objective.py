@@ -75,7 +75,7 @@ def _times_drop_slope(logits, drop):
 
 
 def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
-    """One log-likelihood (5) per class, as if that class were the target and its mask 1.
+    """One log-likelihood (5) per class, computed as if it were the target and its mask were 1.
 
     With `w = exp(o)` and `S = sum_t z_t w_t` over all masks, the result is `o_k - log D_k`, where
     `D_k = S + (1 - z_k) w_k`. There is no subtraction, so nothing cancels. The cost is O(T) for
@@ -210,14 +210,15 @@ def label_scores_and_entropy(
     mask_logits: Any,
     auxiliary_weight: float | tf.Tensor = 1.0,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Both halves of the objective with masks from the label posterior (NeurIPS 2018).
+    """Both parts of the objective with masks from the label posterior (NeurIPS 2018).
 
     For a target y, minus the score is the sum of three terms. In the cross entropy, the mask of the
     target is 1, and the other masks come from the posterior. The KL divergence of the posterior
     from the prior is `-log rho_y` for the target and `KL(q_t || rho_t)`, of two Bernoulli
-    variables, for the others. The loss of the auxiliary classifier `s`, times `auxiliary_weight`,
-    is `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is over all classes of the
-    prior and does not depend on the label. So it is not part of the score.
+    variables, for the others. The loss of the auxiliary classifier `s`, times
+    `auxiliary_weight`, is `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is a sum
+    over all classes. It uses the retain probabilities of the prior, and does not depend on the
+    label, so it is not part of the score.
 
     Args:
         logits: Float tensor, shape `(..., T)`.
@@ -225,7 +226,7 @@ def label_scores_and_entropy(
         auxiliary_logits: Float tensor, shape `(..., T)`, `s = sigmoid(auxiliary_logits)`.
         mask_logits: Float tensor, shape `(..., T)`, from `relaxed_mask_logits` of
             `posterior_logits`.
-        auxiliary_weight: Non-negative float or scalar tensor. 1.0 is as published. Defaults to
+        auxiliary_weight: Non-negative float or scalar tensor. The paper uses 1.0. Defaults to
             1.0.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How uncertain a prediction is, and how much of that comes from the masks."""
+"""How uncertain a prediction is, and how much of the uncertainty comes from the masks."""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ class Uncertainty(NamedTuple):
 
     Attributes:
         entropy: Shape `(...)`, in nats. Entropy of the prediction (16): the total uncertainty.
-        mutual_information: Shape `(...)`, in nats. The part of the entropy that comes from not
-            knowing the mask. The rest is the mean entropy of the softmax under one mask.
+        mutual_information: Shape `(...)`, in nats. The part of the entropy that the random masks
+            cause. The rest is the mean entropy of the softmax under one mask.
         spread: Shape `(..., T)`. Standard deviation of the probability of a class over the masks.
 
     Example:
@@ -39,7 +39,7 @@ def uncertainty(
     Let `m = E[p(z)]`, eq. (16), from `exact_log_probabilities`. The entropy is `H(m)`. The mutual
     information is the mean of `KL(p(z) || m)` over drawn masks, which is unbiased and never
     negative. The spread is the root of the mean of `(p_k(z) - m_k)^2`. Only one mask is in memory
-    at a time. There is no gradient.
+    at a time. The function has no gradient.
 
     Args:
         logits: Float tensor, shape `(..., T)`.

@@ -5,8 +5,8 @@ metric is the mean over the classes, weighted by the label. `sample_weight` and 
 There is no `ignore_class`. To ignore an example, give it a valid label and a weight of 0.
 
 While a `DropMaxHead` trains, it returns scores, not log-probabilities. Metrics of probabilities
-then have no meaning. Of the values that `fit` reports, use only those whose names start with
-`val_`.
+then have no meaning. Of the values that `fit` reports for them, use only those whose names start
+with `val_`.
 """
 
 from tf_dropmax.metrics.calibration import ExpectedCalibrationError, Reliability

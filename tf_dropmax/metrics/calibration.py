@@ -41,14 +41,16 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     The confidence is the largest probability. Every bin counts with the weight of its examples.
 
     With `binning="width"` bin b holds the confidences in `[b, b + 1) / bins`, and the last bin
-    also holds 1. With `binning="mass"` every bin holds the same weight, so its ends are known only
-    after the last batch. The metric therefore keeps a histogram of 2048 cells, of width 1/64 in
-    the log-odds of the confidence. If a bin ends inside a cell, the examples of this cell are
-    divided as if they were equal. The error is at most 0.51 times the share of the examples in the
-    cell, for each of the `bins - 1` ends. It is 0 if the examples in the cell are equal.
+    also holds 1.
 
-    The result does not depend on the batch size. For a `DropMaxHead` only the values of validation
-    have a meaning: in training the head returns scores, not log-probabilities.
+    With `binning="mass"` every bin holds the same weight. The ends of the bins are then known only
+    after the last batch, so the metric keeps a histogram. It has 2048 cells, of width 1/64 in the
+    log-odds of the confidence. If a bin ends inside a cell, the metric divides the examples of this
+    cell as if they had equal confidence. For each of the `bins - 1` ends, this changes the result
+    by at most 0.51 times the share of the examples in the cell.
+
+    The result does not depend on the batch size. With a `DropMaxHead`, use only the validation
+    values. In training the head returns scores, not log-probabilities.
 
     Args:
         bins: Positive int. Defaults to 15.

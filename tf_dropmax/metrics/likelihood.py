@@ -29,9 +29,9 @@ class _ProbabilityMean(keras.metrics.MeanMetricWrapper):
 class NegativeLogLikelihood(_ProbabilityMean):
     """Mean of `-log p(label)`, in nats.
 
-    `val_loss` of `DropMaxLoss` is the same plus the regularisers that Keras adds. This metric
-    also takes plain logits and probabilities. For a `DropMaxHead` only the values of validation
-    have a meaning: in training the head returns scores, not log-probabilities.
+    `val_loss` of `DropMaxLoss` is this value plus the penalties of the regularizers. This metric
+    also takes plain logits and probabilities. With a `DropMaxHead`, use only the validation values.
+    In training the head returns scores, not log-probabilities.
 
     Args:
         from_logits: Bool. `True`: `y_pred` are log-probabilities or any logits. `False`: they are
@@ -69,8 +69,8 @@ class NegativeLogLikelihood(_ProbabilityMean):
 class BrierScore(_ProbabilityMean):
     """Brier score: mean of `sum_t (p_t - y_t)^2`, where `y` is the one-hot label.
 
-    The score is between 0 and 2. For a `DropMaxHead` only the values of validation have a
-    meaning: in training the head returns scores, not log-probabilities.
+    The score is between 0 and 2. With a `DropMaxHead`, use only the validation values. In training
+    the head returns scores, not log-probabilities.
 
     Args:
         from_logits: Bool. `True`: `y_pred` are log-probabilities or any logits. `False`: they are

@@ -14,7 +14,7 @@ from tf_dropmax.metrics.probabilities import checked_probabilities
 def retain_statistics(
     y_true: Any, retain: Any, *, name: str = "retain_statistics"
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Retain probability of the label, mean over the other classes, and sum over all classes.
+    """Retain probability of the label's class, the mean of the other classes, and the sum of all.
 
     Args:
         y_true: Labels, in the shapes that `DropMaxLoss` takes.
@@ -61,9 +61,9 @@ class TargetRetainProbability(_RetainMean):
     """Mean retain probability of the label's class.
 
     The metrics of retain probabilities need them as an output of the model. Call the head a second
-    time, with `output="retain_probabilities"`. Pass labels for this output, and no loss. The head
-    returns the probabilities (4) in training and at inference, so the values of both have a
-    meaning.
+    time, with `output="retain_probabilities"`. Pass the labels for this output too. It needs no
+    loss. The head returns the probabilities (4) in training and at inference, so training and
+    validation values both have a meaning.
 
     Args:
         name: String. Defaults to `"target_retain_probability"`.

@@ -33,14 +33,16 @@ def class_averages(
     Args:
         retain_probabilities: Array, shape `(N, T)`.
         labels: Integer array, shape `(N,)`. The row of a class without examples is hatched.
-        class_names: Sequence of T strings, or `None`: classes are numbered. Defaults to `None`.
-        axes: `matplotlib.axes.Axes` to draw into, or `None`: new axes. Defaults to `None`.
+        class_names: `None` or sequence of T strings. With `None`, classes are numbered. Defaults to
+            `None`.
+        axes: `None` or `matplotlib.axes.Axes` to draw into. With `None`, new axes are made.
+            Defaults to `None`.
 
     Returns:
         The axes, with a heat map that has a row for each true class.
 
     Raises:
-        ValueError: if shapes do not match, or values are not in [0, 1].
+        ValueError: If shapes do not match, or values are not in [0, 1].
 
     Example:
 
@@ -67,20 +69,22 @@ def top_and_bottom(
     """Draws the classes with the largest and the smallest retain probability, as in Figure 4(e).
 
     Args:
-        retain_probabilities: Array, shape `(T,)`, or `(N, T)`, of which the mean over the N
-            examples is drawn.
-        class_names: Sequence of T strings, or `None`: classes are numbered. Defaults to `None`.
+        retain_probabilities: Array, shape `(T,)` or `(N, T)`. For shape `(N, T)`, the mean over
+            the N examples is drawn.
+        class_names: `None` or sequence of T strings. With `None`, classes are numbered. Defaults to
+            `None`.
         count: Positive int, the number of classes at the top and at the bottom. All classes are
             drawn if T is at most `2 * count`. Defaults to 5.
-        label: Int in [0, T), the true class, whose bar is hatched, or `None`: no bar is hatched.
-            A class that is not drawn is ignored. Defaults to `None`.
-        axes: `matplotlib.axes.Axes` to draw into, or `None`: new axes. Defaults to `None`.
+        label: `None` or int in [0, T), the true class. Its bar is hatched, if it is drawn. Defaults
+            to `None`.
+        axes: `None` or `matplotlib.axes.Axes` to draw into. With `None`, new axes are made.
+            Defaults to `None`.
 
     Returns:
         The axes, with a horizontal bar for each class, the largest at the top.
 
     Raises:
-        ValueError: if shapes do not match, values or `label` are out of range, or `count` is not
+        ValueError: If shapes do not match, values or `label` are out of range, or `count` is not
             positive.
 
     Example:
@@ -131,23 +135,24 @@ def confusion(
     """Draws predicted probabilities beside retain probabilities, for pairs of different classes.
 
     The figure shows whether the head retains the classes that it confuses. The first panel is a
-    heat map of the predicted probability of another class than the true one, averaged over the
-    examples of the true class. The second panel shows the retain probability in the same way. The
-    third panel plots the first two against each other. Its title gives their rank correlation.
-    Probabilities below 1e-12 count as 1e-12 there.
+    heat map with a row for each true class. It shows the predicted probability of every other
+    class, averaged over the examples of the true class. The second panel shows the retain
+    probabilities in the same way. The third panel plots the first two against each other. Its
+    title gives their rank correlation. Probabilities below 1e-12 count as 1e-12 there.
 
     Args:
         log_probabilities: Array, shape `(N, T)`.
         labels: Integer array, shape `(N,)`. The diagonals and the rows of classes without
             examples are hatched.
         retain_probabilities: Array, shape `(N, T)`.
-        class_names: Sequence of T strings, or `None`: classes are numbered. Defaults to `None`.
+        class_names: `None` or sequence of T strings. With `None`, classes are numbered. Defaults to
+            `None`.
 
     Returns:
         A `matplotlib.figure.Figure`, one row of three panels.
 
     Raises:
-        ValueError: if shapes do not match, values are not log-probabilities, or retain
+        ValueError: If shapes do not match, values are not log-probabilities, or retain
             probabilities are not in [0, 1].
 
     Example:

@@ -37,7 +37,7 @@ def easy_and_hard(
         first, and of the hardest examples, hardest first.
 
     Raises:
-        ValueError: if shapes do not match, values are not log-probabilities, or `count` is not
+        ValueError: If shapes do not match, values are not log-probabilities, or `count` is not
             positive.
 
     Example:
@@ -68,19 +68,20 @@ def examples(
 
     Args:
         images: Array, shape `(N, height, width)` or `(N, height, width, 1 or 3)`, floats in
-            [0, 1] or uint8. An image without colours is drawn with 0 white and 1 black.
+            [0, 1] or uint8. In an image without colours, 0 is white and 1 (uint8: 255) is black.
         retain_probabilities: Array, shape `(N, T)`, from `head.retain_probabilities`.
         log_probabilities: Array, shape `(N, T)`, from `model.predict`.
         labels: Integer array, shape `(N,)`, the true classes.
-        masks: Array in [0, 1], shape `(N, S, T)`, S sampled masks for each image, or `None`:
-            no masks are drawn. Defaults to `None`.
-        class_names: Sequence of T strings, or `None`: classes are numbered. Defaults to `None`.
+        masks: `None` or array in [0, 1], shape `(N, S, T)`, S sampled masks for each image. With
+            `None`, no masks are drawn. Defaults to `None`.
+        class_names: `None` or sequence of T strings. With `None`, classes are numbered. Defaults to
+            `None`.
 
     Returns:
         A `matplotlib.figure.Figure`, N rows.
 
     Raises:
-        ValueError: if shapes do not match, values are not in [0, 1], or predictions are not
+        ValueError: If shapes do not match, values are not in [0, 1], or predictions are not
             log-probabilities.
 
     Example:

@@ -39,7 +39,7 @@ def contours(
         A `matplotlib.figure.Figure`, one row of `1 + len(retain_probabilities)` panels.
 
     Raises:
-        ValueError: if a retain probability is not in (0, 1), or `limit` is not positive.
+        ValueError: If a retain probability is not in (0, 1), or `limit` is not positive.
 
     Example:
 
@@ -103,7 +103,7 @@ def decision_boundaries(
         A `matplotlib.figure.Figure`, one row of panels.
 
     Raises:
-        ValueError: if `predictors` is empty, a shape is wrong, or a class is out of range.
+        ValueError: If `predictors` is empty, a shape is wrong, or a class is out of range.
 
     Example:
 

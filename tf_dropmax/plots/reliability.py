@@ -1,4 +1,4 @@
-"""The reliability diagram: is a prediction as often right as its probability says?"""
+"""The reliability diagram: it compares the accuracy of predictions with their confidence."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def reliability_diagram(
         log_probabilities: Array, shape `(N, T)`.
         labels: Integer array, shape `(N,)`.
         bins: Positive int. Defaults to 15.
-        axes: `matplotlib.axes.Axes` to draw into, or `None`: new axes. Defaults to `None`.
+        axes: `None` or `matplotlib.axes.Axes` to draw into. With `None`, new axes are made.
+            Defaults to `None`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if shapes do not match, values are not log-probabilities, or `bins` is not
+        ValueError: If shapes do not match, values are not log-probabilities, or `bins` is not
             positive.
 
     Example:

@@ -35,7 +35,7 @@ def convergence(
         A `matplotlib.figure.Figure`, one row of panels.
 
     Raises:
-        ValueError: if there is no curve or no measure, a method lacks a measure, or the values do
+        ValueError: If there is no curve or no measure, a method lacks a measure, or the values do
             not have one entry per step.
 
     Example:
