@@ -51,6 +51,20 @@ PUBLIC = {
 }
 
 
+def test_every_file_that_the_results_name_exists():
+    """The files of results, and the pictures of every page."""
+    folder = ROOT / "tf_dropmax" / "experiments" / "results"
+    named = re.findall(r"`([\w/*-]+\.jsonl?)`", (folder / "README.md").read_text())
+    named += re.findall(r"`([\w/*-]+\.jsonl?)`", (ROOT / "docs" / "results.md").read_text())
+    assert named
+    assert [name for name in named if not list(folder.glob(name))] == []
+    listed = {path for name in named for path in folder.glob(name)}
+    assert [path for path in folder.rglob("*.json*") if path not in listed] == []
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
+
+
 def run(page):
     """Runs the Python blocks of a page, one after the other, and returns their names."""
     text, names = page.read_text(), {"__name__": page.stem}

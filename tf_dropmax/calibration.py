@@ -32,7 +32,8 @@ def calibrate(
     evaluations and saved and exported models use it. Training does not. Every mode has its own
     temperature. To fit that of another mode, call this function inside `predict_mode`. The
     predicted classes stay the same, except by rounding if two classes have almost the same
-    probability. The likelihood of the given data never gets worse. To undo the calibration, call
+    probability. On the given predictions, the likelihood never gets worse. To undo the calibration,
+    call
     `set_predict_temperature(model, 1.0)`.
 
     This function does not use Keras masks or the `ignore_class` of the loss. Give the positions
@@ -169,8 +170,13 @@ def _check_finite(what: str, values: np.ndarray) -> None:
 
 def _batches(x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[Any]:
     """Batches `(x, y, sample_weight)` of arrays or of an iterable of batches."""
+    infinite = isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
+    if infinite or (isinstance(x, keras.utils.PyDataset) and x.num_batches is None):
+        raise ValueError(
+            f"Expected a finite number of batches. Received: an infinite {type(x).__name__}"
+        )
     if isinstance(x, keras.utils.PyDataset):
-        x = map(x.__getitem__, range(len(x)))
+        x = map(x.__getitem__, range(x.num_batches))
     of_arrays = hasattr(x, "shape") or isinstance(x, list | tuple | dict)
     if isinstance(x, Iterable) and not of_arrays:
         if y is not None or sample_weight is not None:

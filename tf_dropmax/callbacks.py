@@ -18,6 +18,8 @@ from tf_dropmax.metrics.retain import retain_statistics
 from tf_dropmax.modes import heads_of, predict_mode
 from tf_dropmax.steps import ArmedStep, armed_step, disarm
 
+_STATISTICS = ("retain_target", "retain_others", "retained_classes", "mask_entropy")
+
 
 class _Callback(keras.callbacks.Callback):
     """A callback whose copies do not contain the model of an earlier use.
@@ -111,8 +113,9 @@ class DropMaxPredict(_Callback):
             call = {"predict": "predict", "test": "evaluate"}[kind]
             raise RuntimeError(
                 f"Expected a step in mode {self.mode!r}. Received: another one, because another "
-                f"callback called `{call}` of the same model in `on_{kind}_batch_begin`. In the "
-                "list of callbacks, put DropMaxPredict after it"
+                f"callback replaced the function of the model in `on_{kind}_batch_begin`, for "
+                f"example by a call of `{call}`. In the list of callbacks, put DropMaxPredict "
+                "after it."
             )
 
 
@@ -251,9 +254,6 @@ class DropMaxMonitor(_Callback):
             self.model(x, training=False)
         rows = (_mask_statistics(*each, y) for each in zip(heads, heard, strict=True))
         return tf.stack(list(rows))
-
-
-_STATISTICS = ("retain_target", "retain_others", "retained_classes", "mask_entropy")
 
 
 def _labels(x: Any, y: Any) -> np.ndarray:

@@ -35,9 +35,9 @@ from tf_dropmax.seeds import next_seed
 from tf_dropmax.settings import PredictAttribute, Setting
 
 POSTERIORS = ("prior", "label")
+OUTPUTS = ("classes", "retain_probabilities", "logits")
 # Where a layer keeps the heads that were traced in it. Neither Keras nor TensorFlow tracks it.
 _TRACED = "_dropmax_traced_heads"
-OUTPUTS = ("classes", "retain_probabilities", "logits")
 
 
 @keras.saving.register_keras_serializable("tf_dropmax")
@@ -160,6 +160,12 @@ class DropMaxHead(InspectableHead):
     predict_temperature = PredictAttribute(
         lambda setting: setting.temperature,
         "Temperature of the log-probabilities of the present mode, a float. See `calibrate`.",
+        "Call `tf_dropmax.set_predict_temperature(model, temperature)`, or calibrate the model.",
+    )
+
+    predict_temperatures = PredictAttribute(
+        lambda setting: dict(zip(PREDICT_MODES, setting.temperatures, strict=True)),
+        "Temperatures of the log-probabilities of all modes, a dictionary. See `calibrate`.",
         "Call `tf_dropmax.set_predict_temperature(model, temperature)`, or calibrate the model.",
     )
 
@@ -340,13 +346,9 @@ class DropMaxHead(InspectableHead):
             "predict_samples",
             "posterior",
             "auxiliary_weight",
+            "predict_temperatures",
         )
-        temperatures = dict(zip(PREDICT_MODES, self._predict_setting.temperatures, strict=True))
-        return {
-            **super().get_config(),
-            **{name: getattr(self, name) for name in names},
-            "predict_temperatures": temperatures,
-        }
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 def traced_heads(layer: keras.layers.Layer) -> list[DropMaxHead]:

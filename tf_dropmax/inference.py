@@ -55,7 +55,7 @@ class PredictSetting(NamedTuple):
                 )
             name = f"predict_temperatures[{each!r}]"
             setting = setting.changed(each).with_temperature(temperature, name)
-        return setting.changed(mode)
+        return setting.changed(check_one_of("predict_mode", mode, PREDICT_MODES))
 
     def changed(self, mode: Any, samples: Any = None) -> PredictSetting:
         """The setting with another mode, and another number of masks unless it is `None`.
@@ -63,18 +63,18 @@ class PredictSetting(NamedTuple):
         Raises:
             ValueError: If `mode` is not in `PREDICT_MODES` or `samples` is not a positive int.
         """
-        mode = check_one_of("predict_mode", mode, PREDICT_MODES)
+        mode = check_one_of("mode", mode, PREDICT_MODES)
         if samples is None:
             return self._replace(mode=mode)
-        return self._replace(mode=mode, samples=check_positive_int("predict_samples", samples))
+        return self._replace(mode=mode, samples=check_positive_int("samples", samples))
 
     @property
     def temperature(self) -> float:
-        """The temperature of the mode in force."""
+        """The temperature of the current mode."""
         return self.temperatures[PREDICT_MODES.index(self.mode)]
 
     def with_temperature(self, temperature: Any, name: str = "temperature") -> PredictSetting:
-        """The setting with another temperature of the mode in force. Errors call it `name`.
+        """The setting with another temperature of the current mode. Errors call it `name`.
 
         Raises:
             ValueError: If `temperature` is not a float in [1e-6, 1e6].
@@ -131,6 +131,8 @@ def _refused_by_converters(seed: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     a file that no runtime can load, and Keras writes a LiteRT file that needs operations of
     TensorFlow. With it, both raise.
     """
-    zero_or_one = tf.cast(tf.cast(logits > 0, tf.int32), tf.qint32)  # tf2onnx refuses qint32.
+    # Of one number, which no converter can compute beforehand.
+    positive = tf.cast(tf.reshape(logits, [-1])[:1] > 0, tf.int32)
+    zero_or_one = tf.cast(positive, tf.qint32)  # tf2onnx refuses qint32.
     infinite = tf.math.is_inf(tf.cast(zero_or_one, tf.float16))  # LiteRT refuses float16 here.
     return seed + tf.cast(tf.reduce_any(infinite), seed.dtype)

@@ -2,7 +2,7 @@
 
 An objective is a small object with a tuple `branches`, the names of the weights that it needs
 besides the kernel and bias of the logits, and a method `scores_and_entropy`. The method returns two
-tensors. The first has one score per class, computed as if that class were the label. The second is
+values. The first has one score per class, computed as if that class were the label. The second is
 the sum of the mask entropies, or `None` if there is no entropy term. The loss of an example is
 minus the score of its label, minus `entropy_weight` times that sum.
 """

@@ -72,7 +72,7 @@ def dropmax_head(
       `"auxiliary_weight"`, log-uniform from a tenth of the default to ten times the default, which
       is [0.01, 1] up to 30 classes. The paper uses 1.
     - `"retain_l2"`: 0, 1e-4, 1e-3 or 1e-2, as the weight decays of the paper, for an L2
-      regularizer of the retain kernel.
+      regularizer of the retain kernel (and of the auxiliary kernel, if there is one).
 
     If you give the tuner an entry of the same name (`hyperparameters=`), the head uses that entry.
     The entry may be another range, a `Choice` or a `Fixed`. Two heads of a model share their
@@ -100,12 +100,11 @@ def dropmax_head(
     >>> space.values
     {'entropy_weight': 0.1, 'temperature': 0.1}
     """
-    tune = set(tune)
-    if not tune <= set(TUNABLE):
-        received = sorted(tune, key=str)
+    if isinstance(tune, str) or not set(tune) <= set(TUNABLE):
         raise ValueError(
-            f"`tune` must be a collection of names out of {TUNABLE}. Received: tune={received}"
+            f"`tune` must be a collection of names out of {TUNABLE}. Received: tune={tune!r}"
         )
+    tune = set(tune)
     _check_effects(tune, kwargs.get("retain_probability"), kwargs.get("stochastic", True))
     settings: dict[str, Any] = {}
     if "entropy_weight" in tune:
@@ -270,14 +269,14 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         """
         features = self._features(hp)
         inputs = features.inputs[0] if isinstance(features, keras.Sequential) else features.input
-        output, of_head = features.outputs[0], set(self.tune)
-        if "feature_decay" in of_head:
+        output, of_head = features.outputs[0], self.tune
+        if not isinstance(of_head, str) and "feature_decay" in of_head:
             if not features.trainable_variables:
                 raise ValueError(
                     '`tune` must not contain "feature_decay" if the features have no trainable '
                     f"weights, because it has no effect. Received: tune={self.tune}"
                 )
-            of_head.remove("feature_decay")
+            of_head = set(of_head) - {"feature_decay"}
             output = feature_decay(hp)(output)
         head = dropmax_head(hp, self.units, of_head, **self.kwargs)
         model = keras.Model(inputs, head(output))

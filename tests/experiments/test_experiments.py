@@ -177,6 +177,7 @@ def test_conclusion():
     assert "Neither head had fewer errors" in conclusion(([5.0], [0.3]), ([5.0], [0.4]))
 
 
+@pytest.mark.long
 def test_demo_is_reproducible(tmp_path):
     one, other = (demo.run(seeds=1, epochs=2, output=tmp_path / name) for name in "ab")
     assert one == other

@@ -90,7 +90,9 @@ class FillDisk(keras.callbacks.Callback):
             self.stack.enter_context(full_disk(self.size))
 
 
-@pytest.mark.parametrize("size", [0, 2000, 12_000])
+@pytest.mark.parametrize(
+    "size", [2000, *(pytest.param(size, marks=pytest.mark.long) for size in (0, 12_000))]
+)
 def test_full_disk_while_backing_up(blobs, tmp_path, size):
     x, y = blobs
     settings = {"batch_size": 40, "shuffle": False, "verbose": 0, "epochs": 4}

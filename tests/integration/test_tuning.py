@@ -98,7 +98,7 @@ def test_the_head_has_the_values_of_the_space():
 @pytest.mark.parametrize(
     ("tune", "kwargs", "message"),
     [
-        ("entropy_weight", {}, "must be a collection of names"),
+        ("entropy_weight", {}, "must be a collection of names.*tune='entropy_weight'"),
         (["units"], {}, "must be a collection of names"),
         (
             ["entropy_weight"],

@@ -123,12 +123,25 @@ class Batches(keras.utils.PyDataset):
         return tuple(array[30 * index : 30 * index + 30] for array in self.arrays)
 
 
+class Counted(Batches):
+    """It says how many batches it has, in place of a length."""
+
+    __len__ = None
+    num_batches = 10
+
+
+class Endless(Batches):
+    __len__ = None
+    num_batches = None
+
+
 def test_forms_of_data(data, rng):
     x, y = data
     expected = calibrate(classifier(), x, y)
     shuffled = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(300).batch(64)
     for arguments in [
         (tf.constant(x), tf.constant(y)),
+        (Counted(x, y),),
         (x, y[:, None]),
         (x, np.eye(4)[y]),
         (x, y.tolist()),
@@ -168,7 +181,7 @@ def test_soft_labels_sequences_and_several_inputs(rng):
     assert temperature == pytest.approx(grid[np.argmin([loss(t) for t in grid])], rel=0.011)
 
 
-@pytest.mark.parametrize("labels", ["y", "one class", "out of range", "half"])
+@pytest.mark.parametrize("labels", ["y", "infinite", "one class", "out of range", "half"])
 def test_bad_data_leaves_the_model_as_it_was(data, labels):
     x, y = data
     model = classifier()
@@ -194,6 +207,10 @@ def test_bad_data_leaves_the_model_as_it_was(data, labels):
             ((Batches(x, y), y), "must be `None`"),
             ((Batches(x),), "without labels"),
             ((x, y, None, 0), "`batch_size`"),
+        ],
+        "infinite": [
+            ((tf.data.Dataset.from_tensors((x, y)).repeat(),), r"an infinite \w*Dataset"),
+            ((Endless(x, y),), "an infinite Endless"),
         ],
         "one class": [((x, 0 * y), r"two classes or more.*class \[0\]")],
         "out of range": [((x, y + 1), r"whole numbers in \[0, T\)")],

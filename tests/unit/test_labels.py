@@ -278,7 +278,7 @@ def train_and_evaluate(model, *data):
     ids=str,
 )
 @pytest.mark.parametrize(
-    "name", [*LOSSES, pytest.param("every metric", marks=pytest.mark.slow)], ids=str
+    "name", [*LOSSES, pytest.param("every metric", marks=pytest.mark.long)], ids=str
 )
 def test_training_from_a_generator_equals_training_from_arrays(blobs, spec, name, jit_compile):
     x, y = blobs

@@ -76,7 +76,7 @@ SETTINGS = [
     {},
     pytest.param({"jit_compile": True}, marks=pytest.mark.long),
     {"run_eagerly": True},
-    pytest.param({"steps_per_execution": 2}, marks=pytest.mark.slow),
+    pytest.param({"steps_per_execution": 2}, marks=pytest.mark.long),
 ]
 
 
@@ -135,6 +135,26 @@ def test_samples_reach_the_graph(x):
         return np.std(np.split(p, 60), axis=0).mean()
 
     assert spread(1) / spread(25) == pytest.approx(5, rel=0.15)
+
+
+def test_errors_name_the_arguments(x):
+    model = classifier()
+    for change in (set_predict_mode, lambda *of: predict_mode(*of).__enter__()):
+        with pytest.raises(ValueError, match=r"^`mode` must be one of.*Received: mode='mean'"):
+            change(model, "mean")
+        with pytest.raises(ValueError, match=r"^`samples` must be.*Received: samples=0"):
+            change(model, "sampled", 0)
+    with pytest.raises(ValueError, match=r"^`predict_mode` must be one of"):
+        DropMaxHead(3, predict_mode="mean")
+    with pytest.raises(ValueError, match=r"^`predict_samples` must be"):
+        DropMaxHead(3, predict_samples=0)
+    set_predict_temperature(model, 2.0)
+    head = model.layers[-1]
+    modes = ("expected", "sampled", "exact", "softmax")
+    assert head.predict_temperatures == {**dict.fromkeys(modes, 1.0), "expected": 2.0}
+    assert DropMaxHead.from_config(head.get_config()).predict_temperatures["expected"] == 2.0
+    with pytest.raises(AttributeError, match="set_predict_temperature"):
+        head.predict_temperatures = {}
 
 
 def test_heads_may_have_modes_of_their_own(x):
@@ -345,7 +365,12 @@ class Module(tf.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode", ["expected", "softmax", "sampled", pytest.param("exact", marks=pytest.mark.long)]
+    "mode",
+    [
+        "expected",
+        "softmax",
+        *(pytest.param(m, marks=pytest.mark.long) for m in ("exact", "sampled")),
+    ],
 )
 def test_what_works_for_dense_works_for_the_head(x, mode, tmp_path):
     model = classifier(predict_mode=mode)

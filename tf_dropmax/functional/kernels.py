@@ -40,7 +40,10 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.cache
     def traced(*signature):
-        return tf.function(differentiable, input_signature=signature, autograph=False)
+        # An object of its own for each signature: TensorFlow counts the traces of an object, and
+        # warns after five.
+        compute = functools.partial(differentiable)
+        return tf.function(compute, input_signature=signature, autograph=False)
 
     @functools.wraps(function)
     def call(*tensors: tf.Tensor, others: tuple[tf.Tensor, ...] = ()) -> Any:

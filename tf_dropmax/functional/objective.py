@@ -148,7 +148,8 @@ def prior_scores_and_entropy(
         logits: Float tensor, shape `(..., T)`.
         retain_logits: Float tensor, shape `(..., T)`.
         mask_logits: Float tensor, shape `(..., T)`, from `relaxed_mask_logits`.
-        entropy_weight: Non-negative float or scalar tensor, the paper's lambda. Defaults to 1.0.
+        entropy_weight: Non-negative float or scalar tensor, the paper's lambda. It gets no
+            gradient. Defaults to 1.0.
 
     Returns:
         Tuple `(scores, entropy)`. The scores have shape `(..., T)` and are not normalised. The
@@ -226,8 +227,8 @@ def label_scores_and_entropy(
         auxiliary_logits: Float tensor, shape `(..., T)`, `s = sigmoid(auxiliary_logits)`.
         mask_logits: Float tensor, shape `(..., T)`, from `relaxed_mask_logits` of
             `posterior_logits`.
-        auxiliary_weight: Non-negative float or scalar tensor. The paper uses 1.0. Defaults to
-            1.0.
+        auxiliary_weight: Non-negative float or scalar tensor. The paper uses 1.0. It gets no
+            gradient. Defaults to 1.0.
 
     Returns:
         Tuple `(scores, entropy)`. The scores have shape `(..., T)` and are not normalised. The

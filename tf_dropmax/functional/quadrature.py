@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dropmax.functional.numerics import (
+    LIMIT,
     broadcast,
     clip,
     less_maximum,
@@ -60,12 +61,12 @@ def exact_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:
     The error of a probability is below 1e-5 in float32 and 2e-12 in float64. The error of its
     logarithm is below 0.02 in float32 and 1e-6 in float64, if the retain probability of the class
     is above 1e-5 and 1e-12 and the logarithm above -69 and -650. A probability too small for the
-    quadrature is replaced by its lower bound from Jensen's inequality,
-    `rho_k w_k / (w_k + sum_{t != k} rho_t w_t)`. So log-probabilities are finite and of a sensible
-    size. If the logits of a row spread by more than 60, the nodes leave out the wide gaps between
-    them. If they spread by more than 400 without wide gaps, the lowest ones count as equal. There
-    may then be five times as many nodes. A row does not depend on the other rows. The gradients
-    are computed by quadrature too.
+    quadrature is replaced by a lower bound, `rho_k w_k / (w_k + sum_{t != k} rho_t w_t)` from
+    Jensen's inequality plus `prod_t (1 - rho_t) / T` of the masks that drop every class. So
+    log-probabilities are finite and of a sensible size. If the logits of a row spread by more than
+    60, the nodes leave out the wide gaps between them. If they spread by more than 400 without wide
+    gaps, the lowest ones count as equal. There may then be five times as many nodes. A row does not
+    depend on the other rows. The gradients are computed by quadrature too.
 
     Args:
         logits: Float tensor, shape `(..., T)`.
@@ -88,14 +89,18 @@ def exact_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:
     # The loop ends with the row that has most nodes. A row with a NaN must not be that row.
     broken = rows_with_nan(*rows)
     rows = [tf.where(broken, tf.zeros_like(x), x) for x in rows]
-    log_p = tf.maximum(_log_quadrature(*rows), _jensen_bound(*rows))
+    log_p = tf.maximum(_log_quadrature(*rows), _lower_bound(*rows))
     log_p = tf.nn.log_softmax(log_p)  # Removes the error of the sum, about 1e-7.
     log_p = tf.where(broken, tf.constant(np.nan, log_p.dtype), log_p)
     return tf.ensure_shape(tf.reshape(log_p, shape), logits.shape)
 
 
-def _jensen_bound(logits, retain_logits):
-    return log_sigmoid(retain_logits) + target_log_likelihood(logits, retain_logits)
+def _lower_bound(logits, retain_logits):
+    """Log of a lower bound: by Jensen's inequality, and of the masks that drop every class."""
+    kept = log_sigmoid(retain_logits) + target_log_likelihood(logits, retain_logits)
+    none = tf.reduce_sum(log_sigmoid(-retain_logits), axis=-1, keepdims=True)
+    none = tf.maximum(none, -LIMIT) - tf.math.log(tf.cast(tf.shape(logits)[-1], logits.dtype))
+    return tf.maximum(kept, none) + tf.math.log(1 + tf.exp(-tf.abs(kept - none)))
 
 
 # No `kernel`: it could not be used after an export, see there.

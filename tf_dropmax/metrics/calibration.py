@@ -46,7 +46,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     With `binning="mass"` every bin holds the same weight. The ends of the bins are then known only
     after the last batch, so the metric keeps a histogram. It has 2048 cells, of width 1/64 in the
     log-odds of the confidence. If a bin ends inside a cell, the metric divides the examples of this
-    cell as if they had equal confidence. For each of the `bins - 1` ends, this changes the result
+    cell as if they were all alike. For each of the `bins - 1` ends, this changes the result
     by at most 0.51 times the share of the examples in the cell.
 
     The result does not depend on the batch size. With a `DropMaxHead`, use only the validation

@@ -122,3 +122,22 @@ def test_exact_gradients_of_wide_rows(rng):
     np.testing.assert_allclose(by_logits, expected, atol=1e-5)
     expected = oracles.central_differences(lambda x: oracle(logits, x), retain_logits, 1e-5)
     np.testing.assert_allclose(by_retain, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "retain_logits", "tolerance"),
+    [
+        ("float32", [-11.4, 12.0, -5.0], 2e-3),
+        ("float32", [-11.4, 11.0, -5.0], 2e-3),
+        ("float64", [-27.0, 27.0, -5.0], 1e-6),
+        ("float64", [-25.0, 30.0, -5.0], 1e-6),
+    ],
+)
+def test_the_masks_that_drop_every_class_count_in_small_probabilities(
+    dtype, retain_logits, tolerance
+):
+    arguments = (np.array([x], dtype) for x in ([50.0, 0.0, -1.0], retain_logits))
+    logits, retain_logits = arguments
+    found = functional.exact_log_probabilities(logits, retain_logits)
+    expected = np.log(oracles.enumerate_masks(logits, retain_logits))
+    assert float(found[0, 0]) == pytest.approx(expected[0, 0], abs=tolerance)

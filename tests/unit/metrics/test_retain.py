@@ -77,7 +77,7 @@ def by_hand(model, x, y, weights):
     return {name: pytest.approx(float(value), rel=1e-4) for name, value in values.items()}
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_retain_probabilities_as_a_second_output(jit_compile, blobs):
     x, y = blobs
     labels = {"classes": y, "retain": y}
