@@ -33,8 +33,7 @@ def calibrate(
     temperature. To fit that of another mode, call this function inside `predict_mode`. The
     predicted classes stay the same, except by rounding if two classes have almost the same
     probability. On the given predictions, the likelihood never gets worse. To undo the calibration,
-    call
-    `set_predict_temperature(model, 1.0)`.
+    call `set_predict_temperature(model, 1.0)`.
 
     This function does not use Keras masks or the `ignore_class` of the loss. Give the positions
     that they leave out the `sample_weight` 0. The labels of these positions are then ignored.

@@ -46,16 +46,20 @@ class PredictSetting(NamedTuple):
                 "`predict_temperatures` must be a dictionary from predict modes to temperatures. "
                 f"Received: predict_temperatures={temperatures!r}"
             )
-        setting = cls("expected", check_positive_int("predict_samples", samples))
-        for each, temperature in (temperatures or {}).items():
-            if each not in PREDICT_MODES:
-                raise ValueError(
-                    f"The keys of `predict_temperatures` must be in {PREDICT_MODES}. "
-                    f"Received: predict_temperatures={temperatures!r}"
-                )
-            name = f"predict_temperatures[{each!r}]"
-            setting = setting.changed(each).with_temperature(temperature, name)
-        return setting.changed(check_one_of("predict_mode", mode, PREDICT_MODES))
+        given = temperatures or {}
+        if not set(given) <= set(PREDICT_MODES):
+            raise ValueError(
+                f"The keys of `predict_temperatures` must be in {PREDICT_MODES}. "
+                f"Received: predict_temperatures={temperatures!r}"
+            )
+        return cls(
+            check_one_of("predict_mode", mode, PREDICT_MODES),
+            check_positive_int("predict_samples", samples),
+            tuple(
+                check_temperature(f"predict_temperatures[{each!r}]", given.get(each, 1.0))
+                for each in PREDICT_MODES
+            ),
+        )
 
     def changed(self, mode: Any, samples: Any = None) -> PredictSetting:
         """The setting with another mode, and another number of masks unless it is `None`.
@@ -73,13 +77,13 @@ class PredictSetting(NamedTuple):
         """The temperature of the current mode."""
         return self.temperatures[PREDICT_MODES.index(self.mode)]
 
-    def with_temperature(self, temperature: Any, name: str = "temperature") -> PredictSetting:
-        """The setting with another temperature of the current mode. Errors call it `name`.
+    def with_temperature(self, temperature: Any) -> PredictSetting:
+        """The setting with another temperature of the current mode.
 
         Raises:
             ValueError: If `temperature` is not a float in [1e-6, 1e6].
         """
-        temperature = check_temperature(name, temperature)
+        temperature = check_temperature("temperature", temperature)
         pairs = zip(PREDICT_MODES, self.temperatures, strict=True)
         changed = tuple(temperature if mode == self.mode else other for mode, other in pairs)
         return self._replace(temperatures=changed)

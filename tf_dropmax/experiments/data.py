@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -75,6 +76,14 @@ def mnist() -> Dataset:
     return Dataset(_scaled(x), y.astype("int64"), _scaled(x_test), y_test.astype("int64"))
 
 
+def _local(title: str, name: str) -> Path:
+    """The path of a file that cannot be downloaded."""
+    path = find(name)
+    if path is None:
+        raise UserError(f"{title} cannot be read: {missing(name)}.")
+    return path
+
+
 def _check_mnist(path, images, labels):
     fits = images.shape == (*labels.shape, 28, 28) and labels.ndim == 1
     if not fits or labels.dtype.kind not in "iu" or not np.isin(labels, range(10)).all():
@@ -115,9 +124,7 @@ def omniglot242() -> Dataset:
 
     Each class has 20 images of 28 x 28 pixels, of which 5 are test images.
     """
-    path = find("omniglot242.npz")
-    if path is None:
-        raise UserError(f"Omniglot-242 cannot be read: {missing('omniglot242.npz')}.")
+    path = _local("Omniglot-242", "omniglot242.npz")
     x, y = read_arrays(path, "x", "y")
     fits = x.shape == (4840, 28, 28) and y.shape == (4840,)
     if not fits or (np.bincount(y, minlength=242) != 20).any():
@@ -163,22 +170,20 @@ def clinc150() -> Dataset:
 
 
 def _embeddings(file: str, *names: str) -> list[np.ndarray]:
-    path = find(file)
-    if path is None:
-        raise UserError(f"The embeddings cannot be read: {missing(file)}.")
+    path = _local("The embeddings", file)
     arrays = dict(zip(names, read_arrays(path, *names), strict=True))
     for name, array in arrays.items():
         is_label = name.startswith("y")
-        if array.ndim != (1 if is_label else 2) or array.dtype.kind not in (
-            "iu" if is_label else "f"
-        ):
+        ndim, kinds = (1, "iu") if is_label else (2, "f")
+        if array.ndim != ndim or array.dtype.kind not in kinds:
             raise UserError(
                 f"{path} holds no embeddings: expected numbers (N, width) and whole-number labels "
                 f"(N,), found {name}: {array.dtype} {array.shape}."
             )
-        # A unit vector has the variance 1 / width.
-        scaled = array.astype("int64" if is_label else "float32")
-        arrays[name] = scaled if is_label else scaled * np.float32(np.sqrt(array.shape[1]))
+        if is_label:
+            arrays[name] = array.astype("int64")
+        else:  # A unit vector has the variance 1 / width.
+            arrays[name] = array.astype("float32") * np.float32(np.sqrt(array.shape[1]))
     return list(arrays.values())
 
 
@@ -189,9 +194,7 @@ def cifar10() -> Dataset:
 
 def cifar10_jpeg() -> Dataset:
     """The same photographs as JPEG, which loses some detail, from a local `cifar10_jpeg.npz`."""
-    path = find("cifar10_jpeg.npz")
-    if path is None:
-        raise UserError(f"The photographs cannot be read: {missing('cifar10_jpeg.npz')}.")
+    path = _local("The photographs", "cifar10_jpeg.npz")
     content, offsets, y, test = read_arrays(path, "bytes", "offsets", "y", "test")
     try:
         images = np.stack(

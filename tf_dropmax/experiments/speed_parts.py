@@ -44,18 +44,16 @@ def head(classes: Sequence[int], policies: Sequence[str], repeats: int) -> Rows:
 
     `posterior="label"` has three matrix products, so its baseline has too.
     """
-    names = [name for name in heads_and_losses(2, "float32") if name not in _THREE_PRODUCTS]
+    two_products = [name for name in heads_and_losses(2, "float32") if name not in _THREE_PRODUCTS]
+    compared = ((two_products, "DropMax", (1.25, 1.08)), (_THREE_PRODUCTS, "label", (1.35, 1.1)))
     for policy in policies:
         for count in classes:
             for compiled in (False, True):
                 what = f"T = {count}, {policy}{_xla(compiled)}"
-                many = count >= 1000
-                steps = training_steps(count, policy, compiled, names)
-                row = {"what": what, **paired(steps, repeats)}
-                yield _with_goal(row, "DropMax", 1.08 if compiled else 1.25) if many else row
-                steps = training_steps(count, policy, compiled, _THREE_PRODUCTS)
-                row = {"what": what, **paired(steps, repeats)}
-                yield _with_goal(row, "label", 1.1 if compiled else 1.35) if many else row
+                for names, contender, goals in compared:
+                    steps = training_steps(count, policy, compiled, names)
+                    row = {"what": what, **paired(steps, repeats)}
+                    yield _with_goal(row, contender, goals[compiled]) if count >= 1000 else row
 
 
 def _with_goal(row, contender, goal):

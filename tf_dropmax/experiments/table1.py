@@ -160,12 +160,14 @@ def _finals(
     if budget == 1:
         return {method: [{"settings": settings}] for method, settings in defaults.items()}
     penalties = [{"feature_decay": decay} for decay in feature_decays[1:][: budget // 3]]
-    others = {method: own[1:][: budget // 3] for method, own in options.items()}
+
+    def stages_of(own):
+        others = own[1:][: budget // 3]
+        count = budget - len(penalties) - len(others)
+        return [{"l2": decay} for decay in DECAYS[1:count]], penalties, others
+
+    stages = {method: stages_of(own) for method, own in options.items()}
     best, found = defaults, {}
-    stages = {method: [penalties, others[method]] for method in systems}
-    for later in stages.values():
-        count = budget - sum(map(len, later))
-        later.insert(0, [{"l2": decay} for decay in DECAYS[1:count]])
     for stage in range(3):
         tried = {
             method: [{"settings": {**best[method], **change}} for change in ({}, *changes[stage])]

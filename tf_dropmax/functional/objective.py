@@ -164,7 +164,6 @@ def prior_scores_and_entropy(
     """
     arguments = broadcast(*(to_float(x) for x in (logits, retain_logits, mask_logits)))
     weight = _weight(entropy_weight, arguments[0].dtype)
-
     return _prior(*arguments, others=(weight,))
 
 
