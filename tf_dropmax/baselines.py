@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tf_dropmax import functional
 from tf_dropmax.checks import check_number, check_one_of, check_seed
-from tf_dropmax.functional.kernels import kernel
+from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.numerics import LIMIT, clip, less_maximum
 from tf_dropmax.labels import are_sparse, label_weights
 from tf_dropmax.losses import LabelLoss
@@ -240,7 +240,7 @@ def sparsemax(logits: Any) -> tf.Tensor:
     return _sparsemax(clip(logits))
 
 
-@kernel
+@traced_once
 def _sparsemax(logits):
     # Logits more than 1 below the largest have probability 0. With the cut at 2 below, the sums
     # cannot overflow.
@@ -285,7 +285,7 @@ def sparsemax_scores(logits: Any) -> tf.Tensor:
     return _sparsemax_scores(clip(logits))
 
 
-@kernel
+@traced_once
 def _sparsemax_scores(logits):
     relative, probabilities = less_maximum(logits), _sparsemax(logits)
     # On the support p = z - tau, so z^2 - tau^2 = p (2 z - p).

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tf_dropmax.objectives import class_scale
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 KINDS = ("initializer", "regularizer", "constraint")
 WEIGHTS = ("kernel", "bias", "retain_kernel", "retain_bias")
@@ -51,56 +48,6 @@ class BranchedLayer(keras.layers.Layer):
             setattr(self, f"{weight}_regularizer", keras.regularizers.get(regularizer))
             setattr(self, f"{weight}_constraint", keras.constraints.get(constraint))
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
-
-    @classmethod
-    def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> Self:
-        """A built head that starts from the kernel and bias of a trained `Dense` layer.
-
-        Train `dense` first, because the head copies its weights. Compile the new model with
-        `DropMaxLoss`.
-
-        The head takes `units` and `use_bias` from `dense`. It also takes the dtype policy,
-        initializers, regularizers and constraints, unless you pass others. An
-        `activity_regularizer` and `trainable` are not copied. The retain branch starts at zero, so
-        every retain probability is 1/2. In mode `"expected"` the head then predicts what the
-        softmax of `dense` did.
-
-        Args:
-            dense: A built `keras.layers.Dense` with activation `"linear"` or `"softmax"`, not
-                quantized. It stays unchanged, because the head copies its weights.
-            **kwargs: Arguments of `DropMaxHead`, except `units` and `use_bias`.
-
-        Returns:
-            A built `DropMaxHead`.
-
-        Raises:
-            TypeError: If `dense` is not a `Dense` layer.
-            ValueError: If `dense` is not built, is quantized or has another activation; or if
-                `units` or `use_bias` is given.
-
-        Example:
-
-        >>> dense = keras.layers.Dense(3)
-        >>> features = np.ones((2, 4), "float32")
-        >>> logits = dense(features)
-        >>> head = tf_dropmax.DropMaxHead.from_dense(dense)
-        >>> bool(np.allclose(head(features), tf.nn.log_softmax(logits), atol=1e-6))
-        True
-        """
-        arguments = _arguments_of_dense(dense)
-        for name in ("units", "use_bias"):
-            if name in kwargs:
-                raise ValueError(
-                    f"`{name}` must not be given, because the head has that of `dense`. "
-                    f"Received: {name}={kwargs[name]!r}"
-                )
-        head = cls(**{"retain_kernel_initializer": "zeros", **arguments, **kwargs})
-        kernel = tf.convert_to_tensor(dense.kernel)
-        head.build((None, kernel.shape[0]))
-        head.kernel.assign(kernel)
-        if dense.use_bias:
-            head.bias.assign(tf.convert_to_tensor(dense.bias))
-        return head
 
     def build(self, input_shape: Any) -> None:
         features = input_shape[-1]
@@ -180,34 +127,6 @@ class BranchedLayer(keras.layers.Layer):
                 serialize = getattr(keras, f"{kind}s").serialize
                 config[f"{weight}_{kind}"] = serialize(getattr(self, f"{weight}_{kind}"))
         return {**super().get_config(), **config}
-
-
-def _arguments_of_dense(dense: keras.layers.Dense) -> dict[str, Any]:
-    """The arguments with which a head has the units, bias, dtype and penalties of `dense`."""
-    if not isinstance(dense, keras.layers.Dense):
-        raise TypeError(f"`dense` must be a `keras.layers.Dense`. Received: dense={dense!r}")
-    if not dense.built:
-        raise ValueError(f"`dense` must be built. Received: unbuilt layer {dense.name!r}")
-    if dense.activation not in (keras.activations.linear, keras.activations.softmax):
-        activation = keras.activations.serialize(dense.activation)
-        raise ValueError(
-            "`dense` must have activation 'linear' or 'softmax', because the head starts from its "
-            f"logits. Received: activation={activation!r}"
-        )
-    if dense.quantization_mode is not None:
-        mode = dense.quantization_mode
-        raise ValueError(f"`dense` must not be quantized. Received: quantization_mode={mode!r}")
-    penalties = {
-        f"{weight}_{kind}": getattr(dense, f"{weight}_{kind}")
-        for weight in ("kernel", "bias")
-        for kind in KINDS
-    }
-    return {
-        "units": dense.units,
-        "use_bias": dense.use_bias,
-        "dtype": dense.dtype_policy,
-        **penalties,
-    }
 
 
 def _prefix(branch: str) -> str:

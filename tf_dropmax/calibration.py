@@ -5,14 +5,14 @@ The number is fitted on held-out data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.checks import check_positive_int
+from tf_dropmax.checks import check_examples, check_positive_int
 from tf_dropmax.labels import are_sparse, at_label, label_weights
 from tf_dropmax.modes import heads_of, set_predict_temperature
 
@@ -82,11 +82,9 @@ def calibrate(
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a keras.Model. Received: a layer, {model.name!r}")
     _scipy()  # Before the predictions, which may take long.
-    batches = _batches(x, y, sample_weight, batch_size)
-    log_p, labels, weights = _predictions(model, heads[0].units, batches)
-    # The softmax of these is the prediction at a temperature of 1.
-    logits = heads[0].predict_temperature * log_p.astype("float64")
-    temperature = best_temperature(logits, labels, weights)
+    batches = _predicted(model, heads[0].units, _batches(x, y, sample_weight, batch_size))
+    # The predictions have the present temperature already.
+    temperature = _fitted(list(batches), heads[0].predict_temperature)
     set_predict_temperature(model, temperature)
     return temperature
 
@@ -114,28 +112,60 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
     >>> round(best_temperature(logits, [0, 0, 0, 1]), 2)  # three of four are right
     1.82
     """
-    minimize_scalar, logsumexp = _scipy()
-    logits = np.asarray(log_probabilities, "float64")
-    rows = np.ones(len(logits)) if weights is None else np.asarray(weights, "float64")
+    logits = np.asarray(log_probabilities)
+    rows = np.ones(len(logits)) if weights is None else np.asarray(weights)
+    return _fitted([_batch(logits, labels, rows)])
+
+
+class _Batch(NamedTuple):
+    """A batch of predictions, and of its labels all that their likelihood depends on.
+
+    Attributes:
+        logits: Array, shape `(N, T)`. Log-probabilities are logits too.
+        target: Sum of the logits over classes, weighted by the label, shape `(N,)`.
+        mass: Sum of the label over classes, shape `(N,)`. It is 1, unless a soft label has
+            another sum.
+        weights: Weights of the rows, shape `(N,)`.
+        seen: Sum of the labels over rows, weighted by `weights`, shape `(T,)`.
+    """
+
+    logits: np.ndarray
+    target: np.ndarray
+    mass: np.ndarray
+    weights: np.ndarray
+    seen: np.ndarray
+
+
+def _batch(logits: np.ndarray, labels: Any, weights: np.ndarray) -> _Batch:
+    """A batch, after a check that all values are finite, and labels and weights not negative."""
+    weights = weights.astype("float64")
     _check_finite("log-probabilities", logits)
-    _check_finite("weights", rows)
-    if not rows.sum() > 0:
-        raise ValueError("Expected examples with a positive weight. Received: none")
-    dense = _dense(labels, logits)
+    _check_finite("weights", weights)
+    dense = _dense(labels, logits.astype("float64"))
     _check_finite("labels", dense)
-    smallest = min(dense.min(), rows.min())
+    smallest = min(dense.min(initial=0), weights.min(initial=0))
     if smallest < 0:
         raise ValueError(f"Expected labels and weights >= 0. Received: {smallest}")
     target = np.sum(dense * logits, axis=-1)
-    seen = np.flatnonzero(rows @ dense)
+    return _Batch(logits, target, dense.sum(axis=-1), weights, weights @ dense)
+
+
+def _fitted(batches: Sequence[_Batch], present: float = 1.0) -> float:
+    """The best temperature for predictions that have been divided by `present`."""
+    minimize_scalar, logsumexp = _scipy()
+    if not sum(batch.weights.sum() for batch in batches) > 0:
+        raise ValueError("Expected examples with a positive weight. Received: none")
+    seen = np.flatnonzero(sum(batch.seen for batch in batches))
     if len(seen) < 2:
         raise ValueError(f"Expected labels of two classes or more. Received: class {seen} only")
-    mass = dense.sum(axis=-1)  # 1, unless soft labels have another sum
 
     def loss(log_temperature: float) -> float:
-        scale = np.exp(-log_temperature)
-        each = mass * logsumexp(scale * logits, axis=-1) - scale * target
-        return float(np.average(each, weights=rows))
+        scale = present * np.exp(-log_temperature)
+        total = 0.0
+        for logits, target, mass, weights, _ in batches:
+            normaliser = logsumexp(scale * logits.astype("float64"), axis=-1)
+            total += float(weights @ (mass * normaliser - scale * target))
+        return total
 
     bounds = -np.log(_LARGEST), np.log(_LARGEST)
     options = {"xatol": 1e-8}
@@ -192,31 +222,17 @@ def _batches(x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[An
             "Expected labels `y`, or `x` as a tf.data.Dataset, keras.utils.PyDataset or generator "
             f"of batches (x, y). Received: x of type {type(x).__name__} and no y"
         )
-    parts = [*keras.tree.flatten(x), y, *([] if sample_weight is None else [sample_weight])]
-    no_arrays = [type(part).__name__ for part in parts if not np.ndim(part)]
-    if no_arrays:
-        raise ValueError(
-            "`x`, `y` and `sample_weight` must be arrays or tensors, and `x` may be a structure of "
-            f"them. Received: a part of type {no_arrays[0]}"
-        )
+    weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+    check_examples(x, y=y, **weights)
     y, sample_weight = (None if each is None else np.asarray(each) for each in (y, sample_weight))
-    sizes = sorted({len(part) for part in parts})
-    if len(sizes) != 1:
-        raise ValueError(
-            "`x`, `y` and `sample_weight` must have as many examples. "
-            f"Received: arrays of {' and '.join(map(str, sizes))} examples"
-        )
     for start in range(0, len(y), batch_size):
         rows = slice(start, start + batch_size)
         inputs = keras.tree.map_structure(lambda part, rows=rows: part[rows], x)
         yield inputs, y[rows], None if sample_weight is None else sample_weight[rows]
 
 
-def _predictions(
-    model: keras.Model, units: int, batches: Iterable[Any]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log-probabilities `(N, T)`, dense labels `(N, T)` and weights `(N,)` of all positions."""
-    parts = []
+def _predicted(model: keras.Model, units: int, batches: Iterable[Any]) -> Iterator[_Batch]:
+    """The predictions of all positions, with what is needed of labels and weights."""
     for x, y, sample_weight in batches:
         examples = len(keras.tree.flatten(x)[0])
         if examples == 0:
@@ -252,9 +268,6 @@ def _predictions(
             ) from error
         if y.size == weights.size:  # Sparse labels: those without weight may be any number.
             y = np.where(weights.reshape(y.shape) == 0, 0, y)
-        dense = _dense(y, log_p)
-        parts.append((log_p.reshape(-1, units), dense.reshape(-1, units), weights.reshape(-1)))
-    if not parts:
-        raise ValueError("Expected examples. Received: none")
-    log_p, dense, weights = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return log_p, dense, weights
+        # In the shape of the predictions, which says whether labels are sparse.
+        labels = _dense(y, log_p).reshape(-1, units)
+        yield _batch(log_p.reshape(-1, units), labels, weights.reshape(-1))

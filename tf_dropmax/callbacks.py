@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.checks import check_one_of, check_positive_int
+from tf_dropmax.checks import check_examples, check_one_of, check_positive_int
 from tf_dropmax.head import DropMaxHead
 from tf_dropmax.inference import PREDICT_MODES
 from tf_dropmax.metrics.retain import retain_statistics
@@ -237,12 +237,17 @@ class DropMaxMonitor(_Callback):
     def _means(self, y: np.ndarray) -> np.ndarray:
         """Statistics of every head, averaged over the examples."""
         sums = []
+        # The statistics need no masks, but the model draws some in mode "sampled".
+        seeds = [head._predict_seeds.state for head in heads_of(self.model)]
+        before = [seed.numpy() for seed in seeds]
         for start in range(0, len(y), self.batch_size):
             rows = slice(start, start + self.batch_size)
             x = keras.tree.map_structure(
                 lambda part, rows=rows: tf.convert_to_tensor(part[rows]), self.x
             )
             sums.append(self._statistics(x, tf.constant(y[rows], tf.int32)).numpy())
+        for seed, state in zip(seeds, before, strict=True):
+            seed.assign(state)
         total = np.sum(sums, axis=0)
         return total[:, 1:] / total[:, :1]
 
@@ -258,20 +263,13 @@ class DropMaxMonitor(_Callback):
 
 def _labels(x: Any, y: Any) -> np.ndarray:
     """`y` as an integer array, if it fits `x`."""
-    parts = keras.tree.flatten(x)
-    for part in parts:
-        if not hasattr(part, "shape") or len(part.shape) == 0:
-            raise ValueError(
-                "`x` must be an array or tensor of shape (examples, ...), or a structure of them. "
-                f"Received: a part of type {type(part).__name__}. Use `np.asarray` on nested lists"
-            )
+    check_examples(x, y=y)
     labels = np.asarray(y)
     whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and not (labels % 1).any())
-    sizes = {len(part) for part in parts}
-    if not whole or labels.ndim == 0 or sizes != {len(labels)} or not len(labels):
+    if not whole or not len(labels):
         raise ValueError(
             "`y` must be whole numbers, one for each example of `x`. "
-            f"Received: {labels.dtype} of shape {labels.shape}, x with {sorted(sizes)} examples"
+            f"Received: {labels.dtype} of shape {labels.shape}"
         )
     return labels.astype("int64")
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.backend.common import global_state
 
 from tf_dropmax import functional
+from tf_dropmax.branches import KINDS, BranchedLayer
 from tf_dropmax.checks import (
     check_boolean,
     check_one_of,
@@ -23,7 +24,7 @@ from tf_dropmax.checks import (
     check_weight,
 )
 from tf_dropmax.inference import PREDICT_MODES, PredictSetting, log_probabilities
-from tf_dropmax.inspection import InspectableHead
+from tf_dropmax.keras_internals import traced_layer
 from tf_dropmax.objectives import (
     Objective,
     TrainingStep,
@@ -34,6 +35,10 @@ from tf_dropmax.objectives import (
 from tf_dropmax.seeds import next_seed
 from tf_dropmax.settings import PredictAttribute, Setting
 
+if TYPE_CHECKING:
+    from tensorflow_probability.python.distributions import RelaxedBernoulli
+    from typing_extensions import Self
+
 POSTERIORS = ("prior", "label")
 OUTPUTS = ("classes", "retain_probabilities", "logits")
 # Where a layer keeps the heads that were traced in it. Neither Keras nor TensorFlow tracks it.
@@ -41,7 +46,7 @@ _TRACED = "_dropmax_traced_heads"
 
 
 @keras.saving.register_keras_serializable("tf_dropmax")
-class DropMaxHead(InspectableHead):
+class DropMaxHead(BranchedLayer):
     """Classifier head with adaptive stochastic softmax (DropMax).
 
     It replaces the logits layer `Dense(units)`. Compile the model with `DropMaxLoss`.
@@ -249,6 +254,56 @@ class DropMaxHead(InspectableHead):
         self._train_seed_state = self._train_seeds.state.value
         self._predict_seed_state = self._predict_seeds.state.value
 
+    @classmethod
+    def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> Self:
+        """A built head that starts from the kernel and bias of a trained `Dense` layer.
+
+        Train `dense` first, because the head copies its weights. Compile the new model with
+        `DropMaxLoss`.
+
+        The head takes `units` and `use_bias` from `dense`. It also takes the dtype policy,
+        initializers, regularizers and constraints, unless you pass others. An
+        `activity_regularizer` and `trainable` are not copied. The retain branch starts at zero, so
+        every retain probability is 1/2. In mode `"expected"` the head then predicts what the
+        softmax of `dense` did.
+
+        Args:
+            dense: A built `keras.layers.Dense` with activation `"linear"` or `"softmax"`, not
+                quantized. It stays unchanged, because the head copies its weights.
+            **kwargs: Arguments of `DropMaxHead`, except `units` and `use_bias`.
+
+        Returns:
+            A built `DropMaxHead`.
+
+        Raises:
+            TypeError: If `dense` is not a `Dense` layer.
+            ValueError: If `dense` is not built, is quantized or has another activation; or if
+                `units` or `use_bias` is given.
+
+        Example:
+
+        >>> dense = keras.layers.Dense(3)
+        >>> features = np.ones((2, 4), "float32")
+        >>> logits = dense(features)
+        >>> head = tf_dropmax.DropMaxHead.from_dense(dense)
+        >>> bool(np.allclose(head(features), tf.nn.log_softmax(logits), atol=1e-6))
+        True
+        """
+        arguments = _arguments_of_dense(dense)
+        for name in ("units", "use_bias"):
+            if name in kwargs:
+                raise ValueError(
+                    f"`{name}` must not be given, because the head has that of `dense`. "
+                    f"Received: {name}={kwargs[name]!r}"
+                )
+        head = cls(**{"retain_kernel_initializer": "zeros", **arguments, **kwargs})
+        kernel = tf.convert_to_tensor(dense.kernel)
+        head.build((None, kernel.shape[0]))
+        head.kernel.assign(kernel)
+        if dense.use_bias:
+            head.bias.assign(tf.convert_to_tensor(dense.bias))
+        return head
+
     def _make_objective(self) -> Objective:
         return objective_of(self.retain_probability, self.stochastic, self.posterior)
 
@@ -282,12 +337,11 @@ class DropMaxHead(InspectableHead):
             return logits
         if training:
             return self._scores(logits, inputs, mask)
-        # Private, but nothing else tells a head which model it is traced in. With a stale graph in
-        # a model around the given one, a change of the mode would be silently lost.
-        context = global_state.get_global_attribute("current_call_ctx")
-        if context is not None and not tf.executing_eagerly():
-            self._traced_in.add(context.entry_layer)
-            vars(context.entry_layer).setdefault(_TRACED, weakref.WeakKeyDictionary())[self] = None
+        around = traced_layer()
+        if around is not None:
+            # With a stale graph in a model around the head, a change of the mode would be lost.
+            self._traced_in.add(around)
+            vars(around).setdefault(_TRACED, weakref.WeakKeyDictionary())[self] = None
         if self._listener is not None:
             self._listener(inputs, mask)
         return log_probabilities(
@@ -296,6 +350,12 @@ class DropMaxHead(InspectableHead):
             partial(self._retain_logits, inputs, logits),
             partial(next_seed, self._predict_seeds),
         )
+
+    def _retain_logits(self, features: Any, logits: tf.Tensor) -> tf.Tensor:
+        if self.retain_probability is None:
+            return self._product(features, "retain")
+        constant = math.log(self.retain_probability) - math.log1p(-self.retain_probability)
+        return tf.fill(tf.shape(logits), tf.constant(constant, logits.dtype))
 
     def _scores(self, logits: tf.Tensor, features: Any, mask: Any) -> tf.Tensor:
         def uniform():
@@ -312,6 +372,100 @@ class DropMaxHead(InspectableHead):
         if entropy is not None:
             self.add_loss(-step.entropy_weight * _masked_mean(entropy, mask))
         return scores
+
+    def retain_probabilities(self, features: Any) -> tf.Tensor:
+        """Retain probability of every class, eq. (4).
+
+        Args:
+            features: Float tensor or array, shape `(batch, ..., d)`, an input of the head.
+
+        Returns:
+            Tensor of shape `(batch, ..., units)`, values in [0, 1], in the dtype of the output.
+
+        Raises:
+            ValueError: If the features are not floating point or have another last dimension.
+
+        Example:
+
+        >>> head = tf_dropmax.DropMaxHead(3, retain_kernel_initializer="zeros")
+        >>> head.retain_probabilities(np.ones((1, 4), "float32")).numpy().tolist()
+        [[0.5, 0.5, 0.5]]
+        """
+        features = self._checked(features)
+        if self.retain_probability is None:
+            return tf.sigmoid(self._product(features, "retain"))
+        shape = tf.concat([tf.shape(features)[:-1], [self.units]], axis=0)
+        return tf.fill(shape, tf.constant(self.retain_probability, self._output_dtype))
+
+    def uncertainty(self, features: Any, samples: int = 100) -> functional.Uncertainty:
+        """How uncertain a prediction is, and how much of the uncertainty comes from the masks.
+
+        Args:
+            features: Float tensor or array, shape `(batch, ..., d)`, an input of the head.
+            samples: Positive int, number of masks that are drawn. Defaults to 100.
+
+        Returns:
+            A `tf_dropmax.functional.Uncertainty`. It does not depend on the predict mode or its
+            temperature.
+
+        Raises:
+            ValueError: If the features are not floating point or have another last dimension, or
+                `samples` is not a positive int.
+
+        Example:
+
+        >>> head = tf_dropmax.DropMaxHead(3, seed=1)
+        >>> result = head.uncertainty(np.ones((2, 4), "float32"))
+        >>> result.mutual_information.shape, result.spread.shape
+        (TensorShape([2]), TensorShape([2, 3]))
+        """
+        samples = check_positive_int("samples", samples)
+        features = self._checked(features)
+        logits = self._product(features, "classes")
+        retain_logits = self._retain_logits(features, logits)
+        seed = next_seed(self._predict_seeds)
+        return functional.uncertainty(logits, retain_logits, samples, seed)
+
+    def mask_distribution(self, features: Any) -> RelaxedBernoulli:
+        """The distribution of the relaxed training masks, eq. (6).
+
+        It has methods such as `log_prob` and `sample`. The head draws from the same distribution by
+        `functional.relaxed_masks`, because the gradient of `RelaxedBernoulli.sample` is NaN where
+        a mask is close to 0 or 1. This method imports `tensorflow_probability`.
+
+        Args:
+            features: Float tensor or array, shape `(batch, ..., d)`, an input of the head.
+
+        Returns:
+            A `tfp.distributions.RelaxedBernoulli` with batch shape `(batch, ..., units)`.
+
+        Raises:
+            ValueError: If the head has no relaxed masks, because `retain_probability` is a float
+                or `stochastic` is `False`; or if the features are not floating point or have
+                another last dimension.
+
+        Example:
+
+        >>> head = tf_dropmax.DropMaxHead(3)
+        >>> head.mask_distribution(np.ones((2, 4), "float32")).sample(seed=1).shape
+        TensorShape([2, 3])
+        """
+        if self.retain_probability is not None or not self.stochastic:
+            raise ValueError(
+                "A head has relaxed masks if `retain_probability=None` and `stochastic=True`. "
+                f"Received: retain_probability={self.retain_probability}, "
+                f"stochastic={self.stochastic}"
+            )
+        # Its import takes longer than that of the rest of this package.
+        import tensorflow_probability as tfp
+
+        features = self._checked(features)
+        logits = self._product(features, "retain")
+        if self.posterior == "label":
+            auxiliary_logits = self._product(features, "auxiliary")
+            logits = functional.posterior_logits(logits, auxiliary_logits)
+        temperature = type(self).temperature.tensor(self, logits.dtype)
+        return tfp.distributions.RelaxedBernoulli(temperature, logits=logits)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.units)
@@ -363,3 +517,31 @@ def _masked_mean(values: tf.Tensor, mask: Any) -> tf.Tensor:
     """Mean of `values` where `mask` is true, as Keras averages a masked loss, or 0."""
     weights = tf.ones_like(values) if mask is None else tf.cast(mask, values.dtype)
     return tf.math.divide_no_nan(tf.reduce_sum(values * weights), tf.reduce_sum(weights))
+
+
+def _arguments_of_dense(dense: keras.layers.Dense) -> dict[str, Any]:
+    """The arguments with which a head has the units, bias, dtype and penalties of `dense`."""
+    if not isinstance(dense, keras.layers.Dense):
+        raise TypeError(f"`dense` must be a `keras.layers.Dense`. Received: dense={dense!r}")
+    if not dense.built:
+        raise ValueError(f"`dense` must be built. Received: unbuilt layer {dense.name!r}")
+    if dense.activation not in (keras.activations.linear, keras.activations.softmax):
+        activation = keras.activations.serialize(dense.activation)
+        raise ValueError(
+            "`dense` must have activation 'linear' or 'softmax', because the head starts from its "
+            f"logits. Received: activation={activation!r}"
+        )
+    if dense.quantization_mode is not None:
+        mode = dense.quantization_mode
+        raise ValueError(f"`dense` must not be quantized. Received: quantization_mode={mode!r}")
+    penalties = {
+        f"{weight}_{kind}": getattr(dense, f"{weight}_{kind}")
+        for weight in ("kernel", "bias")
+        for kind in KINDS
+    }
+    return {
+        "units": dense.units,
+        "use_bias": dense.use_bias,
+        "dtype": dense.dtype_policy,
+        **penalties,
+    }

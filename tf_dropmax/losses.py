@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tf_dropmax.checks import check_number
+from tf_dropmax.keras_internals import set_mask
 from tf_dropmax.labels import are_sparse, at_label
 
 
@@ -62,8 +63,7 @@ class LabelLoss(keras.losses.Loss):
         if counted.shape.rank > loss.shape.rank:
             counted = tf.squeeze(counted, axis=-1)
         loss = tf.where(counted, loss, 0)
-        # The losses of Keras leave positions out of the mean in the same way.
-        loss._keras_mask = counted
+        set_mask(loss, counted)  # The losses of Keras leave positions out in the same way.
         return loss
 
     def _loss(self, y_true, scores):

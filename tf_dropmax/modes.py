@@ -15,7 +15,8 @@ import keras
 
 from tf_dropmax.head import DropMaxHead, traced_heads
 from tf_dropmax.inference import PredictSetting
-from tf_dropmax.steps import get_function, make_function, set_function
+from tf_dropmax.keras_internals import layers_in
+from tf_dropmax.steps import disarmed
 
 _KINDS = ("train", "test", "predict")
 _KEPT_SAMPLES = 3  # For so many numbers of samples the functions are kept.
@@ -144,8 +145,7 @@ def heads_of(model: keras.layers.Layer) -> list[DropMaxHead]:
 
 
 def _heads(model: keras.layers.Layer) -> list[DropMaxHead]:
-    # Private, but no public method of Keras finds layers at any depth, in any kind of layer.
-    return [layer for layer in model._flatten_layers() if isinstance(layer, DropMaxHead)]
+    return [layer for layer in layers_in(model) if isinstance(layer, DropMaxHead)]
 
 
 def _switch(
@@ -154,13 +154,15 @@ def _switch(
     """Gives the heads new settings, and every model around them the functions of that mode."""
     layers = {model, *(layer for head in heads for layer in head._traced_in)}
     models = [layer for layer in layers if isinstance(layer, keras.Model)]
-    for each in models:
-        _kept_functions(each).put_away()
-    for head, setting in zip(heads, settings, strict=True):
-        head._predict_setting = setting
-        head._switches += 1
-    for each in models:
-        _kept_functions(each).take_out()
+    with contextlib.ExitStack() as stack:
+        for each in models:
+            stack.enter_context(disarmed(each))
+            _kept_functions(each).put_away()
+        for head, setting in zip(heads, settings, strict=True):
+            head._predict_setting = setting
+            head._switches += 1
+        for each in models:
+            _kept_functions(each).take_out()
 
 
 def _kept_functions(model: keras.Model) -> _KeptFunctions:
@@ -196,7 +198,7 @@ class _KeptFunctions:
         if self._switches != self._state_of_heads()[1]:
             self._mode = None
         for kind, kept in self._kept.items():
-            function = get_function(self._model, kind)
+            function = getattr(self._model, f"{kind}_function")
             if kept and kept.get(self._mode) is not function:
                 kept.clear()  # `compile` or `make_..._function` replaced it: all are outdated.
             if function is not None:
@@ -212,10 +214,11 @@ class _KeptFunctions:
                 kept.clear()
             else:
                 needed = bool(kept) and self._mode not in kept
-            set_function(self._model, kind, kept.get(self._mode))
+            setattr(self._model, f"{kind}_function", kept.get(self._mode))
             if needed:
                 # Not left to Keras, so that `None` later means that the model was compiled.
-                _keep(kept, self._mode, make_function(self._model, kind))
+                getattr(self._model, f"make_{kind}_function")()
+                _keep(kept, self._mode, getattr(self._model, f"{kind}_function"))
 
 
 def _keep(kept: dict[Any, Any], mode: tuple[Any, ...] | None, function: Any) -> None:

@@ -1,9 +1,9 @@
-"""The compiled functions of a Keras model, and a step that stands in for one of them."""
+"""A step that stands in for a compiled function of a Keras model."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -26,11 +26,15 @@ class ArmedStep:
     ):
         self._model, self._kind, self._context = model, kind, context
         self.ran = False
-        self.function = getattr(model, f"{kind}_function")
-        setattr(model, f"{kind}_function", self)
+        self.arm()
+
+    def arm(self) -> None:
+        """Puts the step in the place of the function."""
+        self.function = getattr(self._model, f"{self._kind}_function")
+        setattr(self._model, f"{self._kind}_function", self)
         # If another callback raises before the step runs, the step stays in the model. Nothing
         # else tells of a later call: it begins with `make_..._function`, which removes the step.
-        setattr(model, f"make_{kind}_function", self._make)
+        setattr(self._model, f"make_{self._kind}_function", self._make)
 
     def _make(self, *args: Any, **kwargs: Any) -> Any:
         disarm(self._model, self._kind)
@@ -59,30 +63,14 @@ def disarm(model: keras.Model, kind: str) -> None:
             setattr(model, f"{kind}_function", step.function)
 
 
-def get_function(model: keras.Model, kind: str) -> Any:
-    """The function of a model, also while a step waits in its place."""
-    function = getattr(model, f"{kind}_function")
-    return function.function if isinstance(function, ArmedStep) else function
-
-
-def set_function(model: keras.Model, kind: str, function: Any) -> None:
-    """Replaces the function of a model. A step that waits in its place goes on waiting."""
-    present = getattr(model, f"{kind}_function")
-    if isinstance(present, ArmedStep):
-        present.function = function
-    else:
-        setattr(model, f"{kind}_function", function)
-
-
-def make_function(model: keras.Model, kind: str) -> Any:
-    """Lets Keras make the function of a model, which must be `None`, and returns it."""
-    armed = getattr(model, f"{kind}_function")
-    make = f"make_{kind}_function"
-    if isinstance(armed, ArmedStep):
-        setattr(model, f"{kind}_function", None)
-        getattr(type(model), make)(model)
-        armed.function = getattr(model, f"{kind}_function")
-        setattr(model, f"{kind}_function", armed)
-        return armed.function
-    getattr(model, make)()
-    return getattr(model, f"{kind}_function")
+@contextlib.contextmanager
+def disarmed(model: keras.Model) -> Iterator[None]:
+    """Context manager in which no step waits in a model. At its end, the same steps wait again."""
+    waiting = [step for kind in ("test", "predict") if (step := armed_step(model, kind))]
+    for kind in ("test", "predict"):
+        disarm(model, kind)
+    try:
+        yield
+    finally:
+        for step in waiting:
+            step.arm()

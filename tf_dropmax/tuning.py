@@ -45,6 +45,7 @@ from typing import Any
 import keras
 import keras_tuner
 
+from tf_dropmax.checks import check_positive_int
 from tf_dropmax.head import POSTERIORS, DropMaxHead
 from tf_dropmax.losses import DropMaxLoss
 from tf_dropmax.metrics import NegativeLogLikelihood
@@ -89,7 +90,7 @@ def dropmax_head(
 
     Raises:
         ValueError: If `tune` has another name, or a name that has no effect on a head with these
-            arguments.
+            arguments; or as `DropMaxHead`.
         TypeError: If `kwargs` contain an argument that is tuned.
 
     Example:
@@ -105,6 +106,7 @@ def dropmax_head(
             f"`tune` must be a collection of names out of {TUNABLE}. Received: tune={tune!r}"
         )
     tune = set(tune)
+    check_positive_int("units", units)
     _check_effects(tune, kwargs.get("retain_probability"), kwargs.get("stochastic", True))
     settings: dict[str, Any] = {}
     if "entropy_weight" in tune:
@@ -190,7 +192,7 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         **kwargs: Arguments of `DropMaxHead`, except those that are tuned.
 
     Raises:
-        ValueError: If `features` or `optimizer` is not as above.
+        ValueError, TypeError: If `features` or `optimizer` is not as above, or as `dropmax_head`.
 
     Example:
 
@@ -236,6 +238,10 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         self.optimizer = optimizer
         self.tune = tune
         self.kwargs = kwargs
+        # A wrong argument raises here and not in the first trial. The name and the seed keep this
+        # head from changing the names and the random numbers of later layers.
+        arguments = {"name": "check", "seed": 0, **kwargs}
+        dropmax_head(keras_tuner.HyperParameters(), units, self._tune_of_head(), **arguments)
         # The models that `features` has returned.
         self._used: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
@@ -250,10 +256,8 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
 
         Raises:
             ValueError: If `features` returns no built functional or sequential model, a model
-                without exactly one output, or a trainable model that it has returned before; if
-                `"feature_decay"` is tuned and the model has no trainable weights; or as
-                `dropmax_head`.
-            TypeError: As `dropmax_head`.
+                without exactly one output, or a trainable model that it has returned before; or
+                if `"feature_decay"` is tuned and the model has no trainable weights.
 
         Example:
 
@@ -269,16 +273,15 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         """
         features = self._features(hp)
         inputs = features.inputs[0] if isinstance(features, keras.Sequential) else features.input
-        output, of_head = features.outputs[0], self.tune
-        if not isinstance(of_head, str) and "feature_decay" in of_head:
+        output = features.outputs[0]
+        if "feature_decay" in self.tune:
             if not features.trainable_variables:
                 raise ValueError(
                     '`tune` must not contain "feature_decay" if the features have no trainable '
                     f"weights, because it has no effect. Received: tune={self.tune}"
                 )
-            of_head = set(of_head) - {"feature_decay"}
             output = feature_decay(hp)(output)
-        head = dropmax_head(hp, self.units, of_head, **self.kwargs)
+        head = dropmax_head(hp, self.units, self._tune_of_head(), **self.kwargs)
         model = keras.Model(inputs, head(output))
         optimizer = self.optimizer if isinstance(self.optimizer, str) else self.optimizer(hp)
         metrics = ["accuracy", NegativeLogLikelihood(name="nll")]
@@ -287,6 +290,11 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         # variables of an optimizer that is not built.
         model.optimizer.build(model.trainable_variables)
         return model
+
+    def _tune_of_head(self) -> Collection[str]:
+        if isinstance(self.tune, str):
+            return self.tune  # `dropmax_head` refuses it.
+        return [name for name in self.tune if name != "feature_decay"]
 
     def _features(self, hp: keras_tuner.HyperParameters) -> keras.Model:
         features = self.features(hp)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -115,12 +116,16 @@ def test_the_head_has_the_values_of_the_space():
 def test_what_cannot_be_tuned(tune, kwargs, message):
     with pytest.raises(ValueError, match=message):
         dropmax_head(HyperParameters(), 3, tune=tune, **kwargs)
+    with pytest.raises(ValueError, match=message):  # before the first trial
+        DropMaxHyperModel(features, 3, tune=tune, **kwargs)
 
 
 def test_wrong_arguments():
     for tune, given in (("entropy_weight", "entropy_weight"), ("posterior", "auxiliary_weight")):
         with pytest.raises(TypeError, match=f"multiple values for keyword argument '{given}'"):
             dropmax_head(HyperParameters(), 3, tune=[tune], **{given: 1.0})
+    with pytest.raises(ValueError, match="`units` must be a positive int"):
+        DropMaxHyperModel(features, 0)
     with pytest.raises(ValueError, match="`features` must be a function"):
         DropMaxHyperModel(features(None), 3)
     with pytest.raises(ValueError, match="an optimizer of its own"):
@@ -131,6 +136,17 @@ def test_wrong_arguments():
     x = keras.Input((6,))
     with pytest.raises(ValueError, match=r"a model with one output\. Received: 2 outputs"):
         DropMaxHyperModel(lambda hp: keras.Model(x, [x + 1, x + 2]), 3).build(HyperParameters())
+
+
+def test_the_check_of_the_arguments_leaves_names_and_global_random_numbers_alone():
+    drawn = []
+    for tune in (None, ["feature_decay", "posterior"]):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(1)
+        if tune:
+            DropMaxHyperModel(features, 3, tune=tune)
+        drawn.append((keras.random.uniform(()).numpy(), random.random(), DropMaxHead(3).name))
+    assert drawn[0] == drawn[1]
 
 
 def test_the_penalty_of_the_features(rng):

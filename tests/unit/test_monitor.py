@@ -54,6 +54,17 @@ def test_statistics_are_those_of_the_definition(blobs, labels):
         assert len(set(history[name])) == 3
 
 
+def test_the_masks_of_predictions_do_not_depend_on_the_monitor(blobs):
+    x, y = blobs
+    drawn = []
+    for callbacks in ([], [DropMaxMonitor(x, y)]):
+        keras.utils.set_random_seed(0)
+        model = model_of(predict_mode="sampled", predict_samples=2)
+        model.fit(x, y, epochs=2, callbacks=callbacks, verbose=0, shuffle=False)
+        drawn.append(model.predict(x, verbose=0))
+    np.testing.assert_array_equal(*drawn)
+
+
 def test_annealing_trains_with_what_the_schedule_says(blobs):
     """The same losses as three heads, each built with the settings of one epoch."""
     x, y = blobs
@@ -168,10 +179,10 @@ def test_masked_positions_do_not_count(rng):
     [
         ({}, "Expected `x` with `y`"),
         ({"x": np.ones((3, 2))}, "Expected `x` with `y`"),
-        ({"x": np.ones((3, 2)), "y": np.zeros(2, int)}, "one for each example"),
+        ({"x": np.ones((3, 2)), "y": np.zeros(2, int)}, "as many examples.*2 and 3 examples"),
         ({"x": np.ones((3, 2)), "y": np.full(3, 0.5)}, "whole numbers"),
         ({"x": np.ones((3, 2)), "y": np.array(["a", "b", "c"])}, "whole numbers"),
-        ({"x": [[1.0, 2.0], [3.0, 4.0]], "y": [0, 1]}, r"`x` must be an array.*np.asarray"),
+        ({"x": [[1.0, 2.0], [3.0, 4.0]], "y": [0, 1]}, "must be arrays.*np.asarray"),
         ({"entropy_weight": 0.3}, "`entropy_weight` must be a function"),
         (
             {"temperature": lambda epoch: 1.0, "batch_size": 0},

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """A `tf.custom_gradient` that is traced once for each dtype and number of classes.
 
     In a graph, TensorFlow registers the gradient of each call of a `tf.custom_gradient` for the
@@ -25,12 +25,12 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
         Function of tensors that all have the same shape `(..., T)`. The keyword argument
-        `others` is a tuple of tensors that have no gradient. Their shape is not changed.
+        `constants` is a tuple of tensors that have no gradient. Their shape is not changed.
 
     Example:
 
-    >>> from tf_dropmax.functional.kernels import kernel
-    >>> @kernel
+    >>> from tf_dropmax.functional.kernels import traced_once
+    >>> @traced_once
     ... def square(x):
     ...     return x * x, lambda upstream: 2 * x * upstream
     >>> square(tf.constant([[[3.0]]])).numpy().tolist()
@@ -46,13 +46,13 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
         return tf.function(compute, input_signature=signature, autograph=False)
 
     @functools.wraps(function)
-    def call(*tensors: tf.Tensor, others: tuple[tf.Tensor, ...] = ()) -> Any:
+    def call(*tensors: tf.Tensor, constants: tuple[tf.Tensor, ...] = ()) -> Any:
         static, classes = tensors[0].shape, tensors[0].shape[-1]
         shape = None if static.rank == 2 else tf.shape(tensors[0])
         if shape is not None:
             rows = (-1, shape[-1] if classes is None else classes)
             tensors = tuple(tf.reshape(tensor, rows) for tensor in tensors)
-        arguments = (*tensors, *others)
+        arguments = (*tensors, *constants)
         # The number of rows may change without a new trace.
         shapes = [[None, *x.shape[1:]] if x.shape.rank else x.shape for x in arguments]
         signature = map(tf.TensorSpec, shapes, [x.dtype for x in arguments])

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.functional.kernels import kernel
+from tf_dropmax.functional.kernels import traced_once
 
 LIMIT = 1e37  # Larger magnitudes are clipped. The sum of three still fits into float32.
 
@@ -38,7 +38,7 @@ def log_sigmoid(x) -> tf.Tensor:
     return _log_sigmoid(to_float(x))
 
 
-@kernel
+@traced_once
 def _log_sigmoid(x):
     # Not `log1p`, which ONNX lacks. The difference is below the rounding of the sum.
     value = tf.maximum(tf.minimum(x, 0), -LIMIT) - tf.math.log(1 + tf.exp(-tf.abs(x)))

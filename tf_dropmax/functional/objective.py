@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_dropmax.functional.kernels import kernel
+from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.numerics import LIMIT, broadcast, clip, less_maximum, to_float
 
 # Mask logits below this count as this. A class that is kept with exp(-80) has no weight.
@@ -35,7 +35,7 @@ def mask_entropy(retain_logits: Any) -> tf.Tensor:
     return _mask_entropy(to_float(retain_logits))
 
 
-@kernel
+@traced_once
 def _mask_entropy(retain_logits):
     def gradient(upstream):
         return -upstream * _times_drop_slope(retain_logits, tf.sigmoid(-retain_logits))
@@ -127,7 +127,7 @@ def _target_log_likelihood(logits, mask_logits):
     return value, gradient
 
 
-_target_kernel = kernel(_target_log_likelihood)
+_target_kernel = traced_once(_target_log_likelihood)
 
 
 def prior_scores_and_entropy(
@@ -164,10 +164,10 @@ def prior_scores_and_entropy(
     """
     arguments = broadcast(*(to_float(x) for x in (logits, retain_logits, mask_logits)))
     weight = _weight(entropy_weight, arguments[0].dtype)
-    return _prior(*arguments, others=(weight,))
+    return _prior(*arguments, constants=(weight,))
 
 
-@kernel
+@traced_once
 def _prior(logits, retain_logits, mask_logits, weight):
     likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
     retain = _sigmoid(retain_logits)
@@ -249,10 +249,10 @@ def label_scores_and_entropy(
     arguments = broadcast(to_float(logits), *branches, to_float(mask_logits))
     weight = _weight(auxiliary_weight, arguments[0].dtype)
 
-    return _label(*arguments, others=(weight,))
+    return _label(*arguments, constants=(weight,))
 
 
-@kernel
+@traced_once
 def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
     likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
     retain = _sigmoid(retain_logits)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.functional.kernels import kernel
+from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.masks import uniform_draws
 from tf_dropmax.functional.numerics import (
     broadcast,
@@ -66,7 +66,7 @@ def expected_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:
     return _expected(*broadcast(to_float(logits), to_float(retain_logits)))
 
 
-@kernel
+@traced_once
 def _expected(logits, retain_logits):
     log_p = tf.nn.log_softmax(less_maximum(logits) + log_sigmoid(retain_logits))
 

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dropmax.checks import check_boolean, check_one_of, check_positive_int
+from tf_dropmax.keras_internals import get_mask
 from tf_dropmax.labels import at_label
 from tf_dropmax.metrics.probabilities import to_probabilities
 
@@ -103,7 +104,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
             sample_weight: `None` or float tensor, shape `(batch,)`, `(batch, ...)`, or the same
                 with a last dimension of 1. Defaults to `None`.
         """
-        mask = getattr(y_pred, "_keras_mask", None)
+        mask = get_mask(y_pred)
         p = to_probabilities(y_pred, self.from_logits, name=type(self).__name__)
         confidence = tf.cast(tf.reduce_max(p, axis=-1), tf.float64)
         predicted = tf.one_hot(tf.argmax(p, axis=-1), tf.shape(p)[-1], dtype=tf.float64)
