@@ -16,7 +16,7 @@ from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.numerics import LIMIT, clip, less_maximum
 from tf_dropmax.labels import are_sparse, label_weights
 from tf_dropmax.losses import LabelLoss
-from tf_dropmax.seeds import next_seed
+from tf_dropmax.seeds import derived_seed, next_seed
 
 
 @keras.saving.register_keras_serializable("tf_dropmax")
@@ -51,6 +51,7 @@ class SparsemaxLoss(LabelLoss):
 
     def __init__(
         self,
+        *,
         ignore_class: int | None = None,
         label_smoothing: float = 0.0,
         reduction: str | None = "sum_over_batch_size",
@@ -114,6 +115,7 @@ class SampledSoftmaxLoss(LabelLoss):
         self,
         sample_fraction: float,
         sampler: str = "uniform",
+        *,
         seed: int | None = None,
         ignore_class: int | None = None,
         label_smoothing: float = 0.0,
@@ -127,7 +129,7 @@ class SampledSoftmaxLoss(LabelLoss):
         )
         self.sampler = check_one_of("sampler", sampler, ("uniform", "learned_unigram"))
         self.seed = check_seed(seed)
-        self._seeds = keras.random.SeedGenerator(self.seed)
+        self._seeds = keras.random.SeedGenerator(derived_seed(self.seed, "samples"))
         self._counts: tf.Variable | None = None
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import random
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tf_dropmax.objectives import class_scale
+from tf_dropmax.seeds import derived_seed
 
 KINDS = ("initializer", "regularizer", "constraint")
 WEIGHTS = ("kernel", "bias", "retain_kernel", "retain_bias")
@@ -19,6 +20,7 @@ class BranchedLayer(keras.layers.Layer):
 
     The branch `"classes"` has the weights `kernel` and `bias`. Every other branch has the weights
     `NAME_kernel` and `NAME_bias`, with the regularizers and constraints of the branch `"retain"`.
+    A branch that is neither of these two starts with small kernels and zero biases.
 
     Args:
         units: Positive int, the number of classes T.
@@ -42,9 +44,10 @@ class BranchedLayer(keras.layers.Layer):
         self.use_bias = use_bias
         self.seed = seed
         self._branches: tuple[str, ...] = ("classes",)
-        for offset, weight in enumerate(WEIGHTS):
+        for weight in WEIGHTS:
             initializer, regularizer, constraint = weight_settings[weight]
-            setattr(self, f"{weight}_initializer", _seeded(initializer, seed, offset))
+            seeded = _seeded(initializer, derived_seed(seed, weight))
+            setattr(self, f"{weight}_initializer", seeded)
             setattr(self, f"{weight}_regularizer", keras.regularizers.get(regularizer))
             setattr(self, f"{weight}_constraint", keras.constraints.get(constraint))
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
@@ -69,8 +72,8 @@ class BranchedLayer(keras.layers.Layer):
         initializer, regularizer, constraint = (
             getattr(self, f"{like}{weight}_{kind}") for kind in KINDS
         )
-        if prefix == "auxiliary_":
-            initializer = "zeros" if weight == "bias" else self._auxiliary_initializer()
+        if prefix not in ("", "retain_"):
+            initializer = "zeros" if weight == "bias" else self._small_start(prefix + weight)
         return self.add_weight(
             name=prefix + weight,
             shape=shape,
@@ -79,10 +82,10 @@ class BranchedLayer(keras.layers.Layer):
             constraint=constraint,
         )
 
-    def _auxiliary_initializer(self) -> Any:
+    def _small_start(self, weight: str) -> Any:
         # With many classes the posterior must start close to the prior. Otherwise the divergence
         # between them, a sum over classes, dominates the loss, and the features vanish.
-        seed = None if self.seed is None else (self.seed + 4) % 2**31
+        seed = derived_seed(self.seed, weight)
         scale = class_scale(self.units) ** 2
         return keras.initializers.VarianceScaling(scale, "fan_avg", "uniform", seed=seed)
 
@@ -133,21 +136,16 @@ def _prefix(branch: str) -> str:
     return "" if branch == "classes" else f"{branch}_"
 
 
-def _seeded(identifier: Any, seed: int | None, offset: int) -> Any:
-    """The initializer. If it is random and has no seed, it gets one from the seed of the head."""
+def _seeded(identifier: Any, seed: int | None) -> Any:
+    """The initializer. If it is random and has no seed, it gets this one."""
     if seed is None:
         return keras.initializers.get(identifier)
-    named: Any = None
-    if isinstance(identifier, str):
-        named = getattr(keras.initializers, identifier, None)
-    takes_seed = inspect.isclass(named) and "seed" in inspect.signature(named).parameters
-    if takes_seed:
-        # Without a seed it would draw one from Python's global stream.
-        return named(seed=(seed + offset) % 2**31)
+    state = random.getstate()
     initializer = keras.initializers.get(identifier)
+    random.setstate(state)  # Without a seed, it has drawn one from Python's global stream.
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer
     config = initializer.get_config()
     if config.get("seed", 0) is not None:
         return initializer
-    return type(initializer).from_config({**config, "seed": (seed + offset) % 2**31})
+    return type(initializer).from_config({**config, "seed": seed})

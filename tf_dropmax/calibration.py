@@ -55,7 +55,8 @@ def calibrate(
             Defaults to 256.
 
     Returns:
-        Float, the temperature, between 0.01 and 100. It is 1.0 if no other temperature is better.
+        Float, the temperature, between 0.01 and 100. If neither is better, it is 1.0 or the present
+        temperature.
 
     Raises:
         ValueError: If `model` is not a model with exactly one head and one output, or the output
@@ -114,11 +115,11 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
     """
     logits = np.asarray(log_probabilities)
     rows = np.ones(len(logits)) if weights is None else np.asarray(weights)
-    return _fitted([_batch(logits, labels, rows)])
+    return _fitted([_batch(logits, _dense(labels, logits.astype("float64")), rows)])
 
 
 class _Batch(NamedTuple):
-    """A batch of predictions, and of its labels all that their likelihood depends on.
+    """Predictions of a batch, and the sums over its labels that the likelihood needs.
 
     Attributes:
         logits: Array, shape `(N, T)`. Log-probabilities are logits too.
@@ -136,12 +137,12 @@ class _Batch(NamedTuple):
     seen: np.ndarray
 
 
-def _batch(logits: np.ndarray, labels: Any, weights: np.ndarray) -> _Batch:
+def _batch(logits: np.ndarray, dense: np.ndarray, weights: np.ndarray) -> _Batch:
     """A batch, after a check that all values are finite, and labels and weights not negative."""
     weights = weights.astype("float64")
     _check_finite("log-probabilities", logits)
     _check_finite("weights", weights)
-    dense = _dense(labels, logits.astype("float64"))
+    dense = np.where(weights[:, np.newaxis] == 0, 0, dense).astype("float64")
     _check_finite("labels", dense)
     smallest = min(dense.min(initial=0), weights.min(initial=0))
     if smallest < 0:
@@ -170,7 +171,7 @@ def _fitted(batches: Sequence[_Batch], present: float = 1.0) -> float:
     bounds = -np.log(_LARGEST), np.log(_LARGEST)
     options = {"xatol": 1e-8}
     best = float(minimize_scalar(loss, bounds=bounds, method="bounded", options=options).x)
-    return float(np.exp(best)) if loss(best) < loss(0.0) else 1.0
+    return min((1.0, present, float(np.exp(best))), key=lambda each: loss(np.log(each)))
 
 
 def _scipy() -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -268,6 +269,5 @@ def _predicted(model: keras.Model, units: int, batches: Iterable[Any]) -> Iterat
             ) from error
         if y.size == weights.size:  # Sparse labels: those without weight may be any number.
             y = np.where(weights.reshape(y.shape) == 0, 0, y)
-        # In the shape of the predictions, which says whether labels are sparse.
-        labels = _dense(y, log_p).reshape(-1, units)
-        yield _batch(log_p.reshape(-1, units), labels, weights.reshape(-1))
+        dense = _dense(y, log_p).reshape(-1, units)
+        yield _batch(log_p.reshape(-1, units), dense, weights.reshape(-1))

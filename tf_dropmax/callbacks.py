@@ -24,13 +24,14 @@ _STATISTICS = ("retain_target", "retain_others", "retained_classes", "mask_entro
 class _Callback(keras.callbacks.Callback):
     """A callback whose copies do not contain the model of an earlier use.
 
-    Keras keeps that model in `_model`. Not every model can be copied.
+    Not every model can be copied.
     """
 
-    _of_one_use: tuple[str, ...] = ("_model",)
+    _of_one_use: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), **dict.fromkeys(self._of_one_use)}
+        state = {**vars(self), **dict.fromkeys(self._of_one_use)}
+        return {name: None if value is self.model else value for name, value in state.items()}
 
 
 class DropMaxPredict(_Callback):
@@ -61,7 +62,7 @@ class DropMaxPredict(_Callback):
     (2, 3)
     """
 
-    _of_one_use = ("_model", "_step")
+    _of_one_use = ("_step",)
 
     def __init__(self, mode: str, samples: int | None = None):
         super().__init__()
@@ -137,7 +138,8 @@ class DropMaxMonitor(_Callback):
     Args:
         x: `None` or the inputs of the model, as for `predict`: a tensor, an array or a structure of
             them, of shape `(examples, ...)`. Use validation data. `None` logs no such values.
-            Positions that a Keras mask excludes are ignored. Defaults to `None`.
+            Positions that a Keras mask excludes are ignored, but their labels must be valid too.
+            Defaults to `None`.
         y: Integer labels, or floats that are whole numbers, of shape `(examples, ...)` or
             `(examples, ..., 1)`, or one-hot labels of shape `(examples, ..., T)`. Required with
             `x`. Defaults to `None`.
@@ -150,8 +152,8 @@ class DropMaxMonitor(_Callback):
     Raises:
         ValueError: If there is nothing to do, `x` and `y` do not match, or an argument is not as
             above. In training: if the model has no `DropMaxHead`, does not call it exactly once
-            on `x`, or has two of one name; or a function returns a value that the setting does not
-            accept.
+            on `x`, or has two of one name; or a setting has no effect on any head; or a function
+            returns a value that the setting does not accept.
 
     Example:
 
@@ -166,12 +168,13 @@ class DropMaxMonitor(_Callback):
     3
     """
 
-    _of_one_use = ("_model", "_statistics")
+    _of_one_use = ("_statistics",)
 
     def __init__(
         self,
         x: Any = None,
         y: Any = None,
+        *,
         entropy_weight: Callable[[int], Any] | None = None,
         temperature: Callable[[int], Any] | None = None,
         auxiliary_weight: Callable[[int], Any] | None = None,
@@ -202,6 +205,12 @@ class DropMaxMonitor(_Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         heads = heads_of(self.model)
+        for name in self.schedules:
+            if not any(name in head._objective.settings for head in heads):
+                raise ValueError(
+                    f"Expected a head on which `{name}` has an effect. "
+                    f"Received: {[head.get_config() for head in heads]}"
+                )
         names = sorted(head.name for head in heads)
         if self.y is not None and len(set(names)) < len(names):
             raise ValueError(
@@ -265,7 +274,7 @@ def _labels(x: Any, y: Any) -> np.ndarray:
     """`y` as an integer array, if it fits `x`."""
     check_examples(x, y=y)
     labels = np.asarray(y)
-    whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and not (labels % 1).any())
+    whole = labels.dtype.kind in "biu" or (labels.dtype.kind == "f" and not (labels % 1).any())
     if not whole or not len(labels):
         raise ValueError(
             "`y` must be whole numbers, one for each example of `x`. "

@@ -32,8 +32,8 @@ from tf_dropmax.objectives import (
     default_entropy_weight,
     objective_of,
 )
-from tf_dropmax.seeds import next_seed
-from tf_dropmax.settings import PredictAttribute, Setting
+from tf_dropmax.seeds import derived_seed, next_seed
+from tf_dropmax.settings import PredictAttribute, TrainingSetting
 
 if TYPE_CHECKING:
     from tensorflow_probability.python.distributions import RelaxedBernoulli
@@ -144,11 +144,13 @@ class DropMaxHead(BranchedLayer):
         numbers); DropMax: Adaptive Variational Softmax, NeurIPS 2018, arXiv:1712.07834.
     """
 
-    entropy_weight = Setting(
+    entropy_weight = TrainingSetting(
         check_weight, "Weight of the entropy regulariser (14), the paper's lambda, a float."
     )
-    temperature = Setting(check_temperature, "Temperature of the relaxed masks (6), a float.")
-    auxiliary_weight = Setting(
+    temperature = TrainingSetting(
+        check_temperature, "Temperature of the relaxed masks (6), a float."
+    )
+    auxiliary_weight = TrainingSetting(
         check_weight, "Weight of the loss of the auxiliary classifier, a float."
     )
 
@@ -177,6 +179,7 @@ class DropMaxHead(BranchedLayer):
     def __init__(
         self,
         units: int,
+        *,
         retain_probability: float | None = None,
         stochastic: bool = True,
         temperature: float = 0.1,
@@ -247,8 +250,8 @@ class DropMaxHead(BranchedLayer):
         self._listener: Callable[[Any, Any], None] | None = None
         # Two streams of masks, so that a prediction never changes the course of training.
         self._train_seeds, self._predict_seeds = (
-            keras.random.SeedGenerator(None if seed is None else (int(seed) + stream) % 2**62)
-            for stream in (0, 1)
+            keras.random.SeedGenerator(derived_seed(self.seed, purpose))
+            for purpose in ("training masks", "prediction masks")
         )
         # Keras tracks the generators. TensorFlow's checkpoints and SavedModels need the variables.
         self._train_seed_state = self._train_seeds.state.value

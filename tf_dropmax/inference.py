@@ -92,7 +92,7 @@ class PredictSetting(NamedTuple):
     def traced(self) -> tuple[Any, ...]:
         """What decides whether two settings share their graphs."""
         samples = self.samples if self.mode == "sampled" else None
-        return self.mode, samples, self.temperatures
+        return self.mode, samples, self.temperature
 
 
 def log_probabilities(

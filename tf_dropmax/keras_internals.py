@@ -28,9 +28,33 @@ def layers_in(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def traced_layer() -> keras.layers.Layer | None:
-    """The outermost layer, usually a model, that is being called in a graph, or `None`."""
-    context = get_global_attribute("current_call_ctx")
-    return None if context is None or tf.executing_eagerly() else context.entry_layer
+    """The outermost layer, usually a model, that is being called in a graph.
+
+    Returns:
+        A layer. `None` in eager mode, or if the `call` of a layer was called and not the layer.
+
+    Raises:
+        RuntimeError: If this version of Keras does not tell.
+    """
+    if tf.executing_eagerly():
+        return None
+    context = _call_context()
+    if context is None and not _keras_has_call_contexts():
+        raise RuntimeError(
+            f"tf_dropmax does not support Keras {keras.__version__}: no call context"
+        )
+    return None if context is None else context.entry_layer
+
+
+def _call_context() -> Any:
+    return get_global_attribute("current_call_ctx")
+
+
+def _keras_has_call_contexts() -> bool:
+    seen = []
+    with tf.init_scope():
+        keras.layers.Lambda(lambda x: seen.append(_call_context()), name="probe")(tf.zeros(1))
+    return seen != [None]
 
 
 def get_mask(tensor: Any) -> Any:

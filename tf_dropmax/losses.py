@@ -92,7 +92,7 @@ class DropMaxLoss(LabelLoss):
     In training the head returns scores. The batch mean of this loss plus the entropy term that the
     head adds by `add_loss` is the objective (15) with the opposite sign. This sum may be negative.
     At inference the head returns log-probabilities, and this loss is the negative log-likelihood
-    in nats. `evaluate` and `val_loss` report it.
+    in nats, if there is no `label_smoothing`. `evaluate` and `val_loss` report it.
 
     Use this loss only with `DropMaxHead`. With a `Dense` layer it raises no error, but training can
     lower it without limit.
@@ -136,6 +136,7 @@ class DropMaxLoss(LabelLoss):
 
     def __init__(
         self,
+        *,
         ignore_class: int | None = None,
         label_smoothing: float = 0.0,
         reduction: str | None = "sum_over_batch_size",

@@ -19,7 +19,7 @@ from tf_dropmax.keras_internals import layers_in
 from tf_dropmax.steps import disarmed
 
 _KINDS = ("train", "test", "predict")
-_KEPT_SAMPLES = 3  # For so many numbers of samples the functions are kept.
+_KEPT_SAMPLES = 3  # Functions are kept for this many numbers of samples.
 
 
 def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int | None = None) -> None:
@@ -208,12 +208,9 @@ class _KeptFunctions:
         before = self._mode
         self._mode, self._switches = self._state_of_heads()
         for kind, kept in self._kept.items():
-            if before is None or _temperatures(before) != _temperatures(self._mode):
-                # Unknown, or of a temperature that is unlikely to return.
-                needed = bool(kept)
+            needed = bool(kept) and (before is None or self._mode not in kept)
+            if before is None:
                 kept.clear()
-            else:
-                needed = bool(kept) and self._mode not in kept
             setattr(self._model, f"{kind}_function", kept.get(self._mode))
             if needed:
                 # Not left to Keras, so that `None` later means that the model was compiled.
@@ -222,17 +219,15 @@ class _KeptFunctions:
 
 
 def _keep(kept: dict[Any, Any], mode: tuple[Any, ...] | None, function: Any) -> None:
-    """Adds a function, and drops the oldest of those that differ in the samples only."""
+    """Adds a function. Drops those of earlier temperatures and of the oldest numbers of samples."""
     kept.pop(mode, None)
     kept[mode] = function
-    alike = [each for each in kept if _without_samples(each) == _without_samples(mode)]
-    for oldest in alike[:-_KEPT_SAMPLES]:
-        del kept[oldest]
+    alike = [each for each in kept if _part(each, 0) == _part(mode, 0)]
+    recent = [each for each in alike if _part(each, 2) == _part(mode, 2)][-_KEPT_SAMPLES:]
+    for outdated in set(alike) - set(recent):
+        del kept[outdated]
 
 
-def _without_samples(mode: tuple[Any, ...] | None) -> Any:
-    return mode and tuple((name, temperatures) for name, _, temperatures in mode)
-
-
-def _temperatures(mode: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(temperatures for *_, temperatures in mode)
+def _part(mode: tuple[Any, ...] | None, index: int) -> Any:
+    """The mode names (0) or the temperatures (2) of all heads."""
+    return mode and tuple(head[index] for head in mode)

@@ -1,10 +1,7 @@
 """The training objective of each variant of the head.
 
-An objective is a small object with a tuple `branches`, the names of the weights that it needs
-besides the kernel and bias of the logits, and a method `scores_and_entropy`. The method returns two
-values. The first has one score per class, computed as if that class were the label. The second is
-the sum of the mask entropies, or `None` if there is no entropy term. The loss of an example is
-minus the score of its label, minus `entropy_weight` times that sum.
+The loss of an example is minus the score of its label, minus `entropy_weight` times the sum of the
+mask entropies.
 """
 
 from __future__ import annotations
@@ -56,18 +53,29 @@ class TrainingStep(NamedTuple):
 
 
 class Objective(Protocol):
-    """The hook of a variant."""
+    """What a variant of the head must define."""
 
     @property
-    def branches(self) -> tuple[str, ...]: ...
+    def branches(self) -> tuple[str, ...]:
+        """The names of the linear branches that it needs besides the logits."""
 
-    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor | None]: ...
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The names of the settings of `TrainingStep` that have an effect."""
+
+    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """The scores and the sum of the mask entropies.
+
+        The scores have shape `(..., T)`. Each is computed as if its class were the label. The sum
+        has shape `(...)`. It is `None` if there is no entropy term.
+        """
 
 
 class RandomMasks:
     """Random DropMax: hard Bernoulli masks with a fixed retain probability."""
 
     branches: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     def __init__(self, retain_probability: float):
         self.retain_probability = retain_probability
@@ -81,6 +89,7 @@ class PriorMasks:
     """Adaptive DropMax, eq. (15): relaxed masks from the prior (9)."""
 
     branches = ("retain",)
+    settings = ("entropy_weight", "temperature")
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         retain_logits = step.branch("retain")
@@ -94,6 +103,7 @@ class PriorMeans:
     """Deterministic attention: eq. (18) with the entropy term. There is no KL divergence."""
 
     branches = ("retain",)
+    settings = ("entropy_weight",)
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         retain_logits = step.branch("retain")
@@ -113,6 +123,8 @@ class LabelMasks:
 
     def __init__(self, stochastic: bool):
         self.stochastic = stochastic
+        temperature = ("temperature",) if stochastic else ()
+        self.settings = ("entropy_weight", "auxiliary_weight", *temperature)
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         retain_logits, auxiliary_logits = step.branch("retain"), step.branch("auxiliary")

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 # Unrelated to the stride between samples in `functional.prediction`.
 _REPLICA_STRIDE = 668265263
+
+
+def derived_seed(seed: int | None, purpose: str) -> int | None:
+    """A seed for one purpose, or `None` for no seed.
+
+    Other seeds and other purposes give unrelated numbers.
+
+    Args:
+        seed: `None` or int.
+        purpose: String, what the numbers are for.
+
+    Returns:
+        `None` or int in [0, 2**31).
+    """
+    if seed is None:
+        return None
+    (word,) = np.random.SeedSequence([seed % 2**64, *purpose.encode()]).generate_state(1)
+    return int(word) >> 1
 
 
 def next_seed(generator: keras.random.SeedGenerator) -> tf.Tensor:

@@ -15,7 +15,7 @@ import tensorflow as tf
 from tf_dropmax.inference import PredictSetting
 
 
-class Setting:
+class TrainingSetting:
     """A float attribute of a layer that can be set at any time.
 
     The value is held in a `tf.Variable`, which a graph reads at every step. Checkpoints and weights
@@ -34,7 +34,7 @@ class Setting:
         self._name = name
 
     @overload
-    def __get__(self, layer: None, owner: type) -> Setting: ...
+    def __get__(self, layer: None, owner: type) -> TrainingSetting: ...
     @overload
     def __get__(self, layer: keras.layers.Layer, owner: type) -> float: ...
     def __get__(self, layer, owner):

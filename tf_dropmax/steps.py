@@ -10,7 +10,7 @@ import keras
 
 
 class ArmedStep:
-    """Stands in a model for its function, and runs the next step, and no other, in a context.
+    """Replaces a compiled function of a model for one step, and runs that step in a context.
 
     Args:
         model: A `keras.Model`.

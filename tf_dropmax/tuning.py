@@ -49,7 +49,7 @@ from tf_dropmax.checks import check_positive_int
 from tf_dropmax.head import POSTERIORS, DropMaxHead
 from tf_dropmax.losses import DropMaxLoss
 from tf_dropmax.metrics import NegativeLogLikelihood
-from tf_dropmax.objectives import default_auxiliary_weight, default_entropy_weight
+from tf_dropmax.objectives import default_auxiliary_weight, default_entropy_weight, objective_of
 
 TUNABLE = ("entropy_weight", "temperature", "posterior", "retain_l2")
 
@@ -101,11 +101,7 @@ def dropmax_head(
     >>> space.values
     {'entropy_weight': 0.1, 'temperature': 0.1}
     """
-    if isinstance(tune, str) or not set(tune) <= set(TUNABLE):
-        raise ValueError(
-            f"`tune` must be a collection of names out of {TUNABLE}. Received: tune={tune!r}"
-        )
-    tune = set(tune)
+    tune = _checked_names(tune, TUNABLE)
     check_positive_int("units", units)
     _check_effects(tune, kwargs.get("retain_probability"), kwargs.get("stochastic", True))
     settings: dict[str, Any] = {}
@@ -131,17 +127,22 @@ def dropmax_head(
     return DropMaxHead(units, **settings, **kwargs)
 
 
+def _checked_names(tune: Any, choices: tuple[str, ...]) -> set[str]:
+    if isinstance(tune, str) or not set(tune) <= set(choices):
+        raise ValueError(
+            f"`tune` must be a collection of names out of {choices}. Received: tune={tune!r}"
+        )
+    return set(tune)
+
+
 def _check_effects(tune: set[str], retain_probability: Any, stochastic: Any) -> None:
-    without_effect: set[str] = set()
-    if retain_probability is not None:
-        without_effect = tune
-    elif not stochastic:
-        without_effect = tune & {"temperature"}
-    if without_effect:
+    objective = objective_of(retain_probability, stochastic, "prior")
+    effective = {"posterior", "retain_l2", *objective.settings} if objective.branches else set()
+    if tune - effective:
         raise ValueError(
             "`tune` must not contain names that have no effect. A fixed `retain_probability` has "
             "no retain branch. `stochastic=False` has no temperature. "
-            f"Received: tune={sorted(without_effect)}, retain_probability={retain_probability}, "
+            f"Received: tune={sorted(tune - effective)}, retain_probability={retain_probability}, "
             f"stochastic={stochastic}"
         )
 
@@ -236,12 +237,14 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         self.features = features
         self.units = units
         self.optimizer = optimizer
-        self.tune = tune
+        self.tune = _checked_names(tune, (*TUNABLE, "feature_decay"))
         self.kwargs = kwargs
         # A wrong argument raises here and not in the first trial. The name and the seed keep this
         # head from changing the names and the random numbers of later layers.
         arguments = {"name": "check", "seed": 0, **kwargs}
-        dropmax_head(keras_tuner.HyperParameters(), units, self._tune_of_head(), **arguments)
+        dropmax_head(
+            keras_tuner.HyperParameters(), units, self.tune - {"feature_decay"}, **arguments
+        )
         # The models that `features` has returned.
         self._used: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
@@ -281,7 +284,7 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
                     f"weights, because it has no effect. Received: tune={self.tune}"
                 )
             output = feature_decay(hp)(output)
-        head = dropmax_head(hp, self.units, self._tune_of_head(), **self.kwargs)
+        head = dropmax_head(hp, self.units, self.tune - {"feature_decay"}, **self.kwargs)
         model = keras.Model(inputs, head(output))
         optimizer = self.optimizer if isinstance(self.optimizer, str) else self.optimizer(hp)
         metrics = ["accuracy", NegativeLogLikelihood(name="nll")]
@@ -290,11 +293,6 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         # variables of an optimizer that is not built.
         model.optimizer.build(model.trainable_variables)
         return model
-
-    def _tune_of_head(self) -> Collection[str]:
-        if isinstance(self.tune, str):
-            return self.tune  # `dropmax_head` refuses it.
-        return [name for name in self.tune if name != "feature_decay"]
 
     def _features(self, hp: keras_tuner.HyperParameters) -> keras.Model:
         features = self.features(hp)

@@ -21,7 +21,8 @@ MODES = ["expected", "exact", "softmax", "sampled"]
 def classifier(**kwargs):
     """A model that is far too sure."""
     start = keras.initializers.RandomNormal(stddev=3.0, seed=3)
-    head = DropMaxHead(4, seed=1, kernel_initializer=start, **kwargs)
+    keep = keras.initializers.Constant(3.0)
+    head = DropMaxHead(4, seed=1, kernel_initializer=start, retain_bias_initializer=keep, **kwargs)
     model = keras.Sequential([keras.Input((6,)), head])
     model.compile("sgd", DropMaxLoss())
     return model

@@ -39,6 +39,15 @@ def test_the_layer_that_is_traced():
     assert keras_internals.traced_layer() is None
 
 
+def test_a_keras_that_does_not_tell_which_layer_is_traced_is_refused(monkeypatch):
+    """Otherwise a change of the mode would be lost without an error."""
+    model = keras.Sequential([keras.Input((4,)), DropMaxHead(3)])
+    monkeypatch.setattr(keras_internals, "get_global_attribute", lambda name: None)
+    model(tf.ones((2, 4)))  # Eager calls need it not.
+    with pytest.raises(RuntimeError, match=f"does not support Keras {keras.__version__}: no call"):
+        tf.function(model)(tf.ones((2, 4)))
+
+
 def test_losses_and_metrics_of_keras_use_the_mask():
     """A mask that the package attaches is one that Keras reads, and the other way round."""
     loss = tf.constant([1.0, 5.0])

@@ -85,7 +85,7 @@ SETTINGS = [
 def test_a_change_reaches_the_model_what_is_in_it_and_what_is_around_it(x, settings, given):
     inner = classifier()
     outer = keras.Sequential([keras.Input((6,)), inner])
-    for model in (outer, inner):  # In Keras 3.6, the outer one takes away the inner one's metrics.
+    for model in (outer, inner):
         model.compile("adam", DropMaxLoss(), **settings)
     expected = by_functional(inner, x)
 

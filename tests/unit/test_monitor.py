@@ -209,18 +209,32 @@ def test_mistakes_that_show_in_training(blobs):
         model_of().fit(x, y, callbacks=[DropMaxMonitor(x, wrong)], verbose=0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({}, "auxiliary_weight"),
+        ({"stochastic": False}, "temperature"),
+        ({"retain_probability": 0.4}, "entropy_weight"),
+    ],
+)
+def test_a_setting_without_effect(blobs, arguments, name):
+    with pytest.raises(ValueError, match=f"on which `{name}` has an effect"):
+        model_of(**arguments).fit(*blobs, callbacks=[DropMaxMonitor(**{name: float})], verbose=0)
+
+
 def test_what_users_pass(blobs):
     """Float labels that are whole numbers, lists of labels, and schedules of Keras."""
     x, y = blobs
     model = model_of()
     model.compile(keras.optimizers.SGD(0.0), DropMaxLoss())
     expected = statistics(model, x, y)["retain_target"]
-    for labels in (y, y.astype("float32"), y.tolist()):
+    for labels in (y, y.astype("float32"), y.tolist(), np.eye(4, dtype=bool)[y]):
         history = model.fit(x, y, callbacks=[DropMaxMonitor(x, labels)], verbose=0).history
         assert history["retain_target"] == pytest.approx([expected], rel=1e-5)
     decay = keras.optimizers.schedules.ExponentialDecay(0.5, decay_steps=1, decay_rate=0.1)
     monitor = DropMaxMonitor(entropy_weight=decay, auxiliary_weight=lambda epoch: np.float32(2.0))
-    history = model_of().fit(x, y, epochs=3, callbacks=[monitor], verbose=0).history
+    model = model_of(posterior="label")
+    history = model.fit(x, y, epochs=3, callbacks=[monitor], verbose=0).history
     assert history["entropy_weight"] == pytest.approx([0.5, 0.05, 0.005], rel=1e-6)
     assert history["auxiliary_weight"] == [2.0, 2.0, 2.0]
 

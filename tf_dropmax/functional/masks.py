@@ -44,8 +44,8 @@ def relaxed_mask_logits(
     """Logits of the relaxed Bernoulli masks, eq. (6) before its sigmoid.
 
     `(r + log u - log(1 - u)) / temperature`. The sigmoid of the result is the mask `z`. The
-    sigmoid of its negative is `1 - z`, without the rounding error of a subtraction. This is why the
-    functions of this package take mask logits instead of masks.
+    functions of this package take mask logits instead of masks, because logits keep their digits
+    where masks are close to 0 or 1.
 
     Args:
         retain_logits: Float tensor, shape `(..., T)`.

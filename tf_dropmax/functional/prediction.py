@@ -106,7 +106,7 @@ def sampled_log_probabilities(
     """
     logits, retain_logits = broadcast(clip(logits), clip(retain_logits))
 
-    # No `kernel`: it could not be used after an export, see there.
+    # Not `traced_once`: the converters remove the functions of loops; see `kernels`.
     @tf.custom_gradient
     def log_mean(logits, retain_logits):
         (mean,) = means_over_masks(lambda p, kept: [p], 1, logits, retain_logits, samples, seed)

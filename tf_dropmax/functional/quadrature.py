@@ -103,7 +103,7 @@ def _lower_bound(logits, retain_logits):
     return tf.maximum(kept, none) + tf.math.log(1 + tf.exp(-tf.abs(kept - none)))
 
 
-# No `kernel`: it could not be used after an export, see there.
+# Not `traced_once`: the converters remove the functions of loops; see `kernels`.
 @tf.custom_gradient
 def _log_quadrature(logits, retain_logits):
     """Log of the quadrature of eq. (16) for rows `(B, T)`.

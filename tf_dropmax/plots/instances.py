@@ -147,7 +147,7 @@ def _check_images(images: ArrayLike, count: int) -> np.ndarray:
 
 
 def _draw_image(axes: Axes, image: np.ndarray, name: str) -> None:
-    axes.imshow(image.squeeze(), cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(image[..., 0] if image.shape[2:] == (1,) else image, cmap="gray_r", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
     axes.set_ylabel(name, rotation=0, ha="right", va="center")
 
