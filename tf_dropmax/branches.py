@@ -100,6 +100,11 @@ class BranchedLayer(keras.layers.Layer):
 
     def _checked(self, features: Any) -> tf.Tensor:
         """Features that did not come through `__call__`, as a tensor that fits the weights."""
+        if isinstance(features, keras.KerasTensor):
+            raise ValueError(
+                "Expected features that have values. To make an output of a model, call the head "
+                f'with `output="retain_probabilities"`. Received: {features}'
+            )
         features = tf.convert_to_tensor(features)
         self._check_dtype(features.dtype)
         if not self.built:

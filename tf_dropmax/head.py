@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 POSTERIORS = ("prior", "label")
+_FIXED = ("units", "retain_probability", "stochastic", "posterior")
 OUTPUTS = ("classes", "retain_probabilities", "logits")
 # Where a layer keeps the heads that were traced in it. Neither Keras nor TensorFlow tracks it.
 _TRACED = "_dropmax_traced_heads"
@@ -306,6 +307,14 @@ class DropMaxHead(BranchedLayer):
         if dense.use_bias:
             head.bias.assign(tf.convert_to_tensor(dense.bias))
         return head
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and "_objective" in vars(self):
+            raise AttributeError(
+                f"`{name}` cannot be set, because weights and training depend on it. Make a new "
+                f"head. Received: {name}={value!r}"
+            )
+        super().__setattr__(name, value)
 
     def _make_objective(self) -> Objective:
         return objective_of(self.retain_probability, self.stochastic, self.posterior)

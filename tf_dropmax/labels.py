@@ -47,7 +47,8 @@ def at_label(y_true: Any, values: Any, *, name: str) -> tf.Tensor:
     index, classes = tf.cast(labels, tf.int32), tf.shape(values)[-1]
     valid = (index >= 0) & (index < classes) & tf.equal(tf.cast(index, labels.dtype), labels)
     message = f"{name}: sparse labels must be whole numbers in [0, T), where T is"
-    check = _assertion(tf.reduce_all(valid), [message, classes, "Received: y_true=", labels])
+    received = ["from", tf.reduce_min(labels), "to", tf.reduce_max(labels), "y_true=", labels]
+    check = _assertion(tf.reduce_all(valid), [message, classes, "Received: values", *received])
     with tf.control_dependencies(check):
         index = tf.where(valid, index, 0)
         entries = tf.gather(values, index, axis=-1, batch_dims=labels.shape.rank)

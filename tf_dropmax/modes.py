@@ -80,10 +80,9 @@ def set_predict_temperature(model: keras.layers.Layer, temperature: float = 1.0)
     _switch(model, heads, [head._predict_setting.with_temperature(temperature) for head in heads])
 
 
-@contextlib.contextmanager
 def predict_mode(
     model: keras.layers.Layer, mode: str, samples: int | None = None
-) -> Iterator[keras.layers.Layer]:
+) -> contextlib.AbstractContextManager[keras.layers.Layer]:
     """Context manager in which every `DropMaxHead` of a model predicts in the given mode.
 
     It applies to `predict`, `evaluate` and direct calls, of `model`, of the models in it, and of
@@ -100,8 +99,8 @@ def predict_mode(
         samples: `None` or positive int, number of masks in mode `"sampled"`. `None` keeps the
             number of the head. Defaults to `None`.
 
-    Yields:
-        `model`.
+    Returns:
+        A context manager that yields `model`.
 
     Raises:
         ValueError: If `mode` or `samples` is not as above, or the model has no `DropMaxHead`.
@@ -115,6 +114,15 @@ def predict_mode(
     'expected'
     """
     heads = heads_of(model)
+    for head in heads:
+        head._predict_setting.changed(mode, samples)  # Raises here and not where the block begins.
+    return _in_mode(model, heads, mode, samples)
+
+
+@contextlib.contextmanager
+def _in_mode(
+    model: keras.layers.Layer, heads: Sequence[DropMaxHead], mode: str, samples: int | None
+) -> Iterator[keras.layers.Layer]:
     before = [(head.predict_mode, head.predict_samples) for head in heads]
     settings = [head._predict_setting.changed(mode, samples) for head in heads]
     try:

@@ -24,7 +24,9 @@ def derived_seed(seed: int | None, purpose: str) -> int | None:
     """
     if seed is None:
         return None
-    (word,) = np.random.SeedSequence([seed % 2**64, *purpose.encode()]).generate_state(1)
+    (word,) = np.random.SeedSequence([abs(seed), int(seed < 0), *purpose.encode()]).generate_state(
+        1
+    )
     return int(word) >> 1
 
 

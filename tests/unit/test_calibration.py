@@ -322,3 +322,21 @@ def test_extreme_temperatures_give_finite_predictions(rng, mode, temperature):
         log_p = head(scale * rng.normal(size=(9, 5)).astype("float32")).numpy()
         assert np.isfinite(log_p).all()
         np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
+
+
+def test_it_is_never_worse_than_the_present_temperature(rng):
+    """A large temperature that the search does not reach can be the best one."""
+    model = classifier()
+    x, y = 1e4 * rng.normal(size=(40, 6)).astype("float32"), rng.integers(4, size=40)
+    set_predict_temperature(model, 1e5)
+    before = model.evaluate(x, y, verbose=0)
+    assert calibrate(model, x, y) == 1e5
+    assert model.evaluate(x, y, verbose=0) == before
+
+
+def test_dense_labels_without_weight_do_not_count(data):
+    x, y = data
+    dense, weights = np.eye(4)[y], np.ones(len(y))
+    expected = calibrate(classifier(), x[5:], y[5:])
+    dense[:5], weights[:5] = -1.0, 0.0
+    assert calibrate(classifier(), x, dense, weights) == pytest.approx(expected, rel=1e-5)

@@ -12,6 +12,7 @@ from scipy import stats
 
 import tf_dropmax
 from tf_dropmax import DropMaxHead, DropMaxLoss, functional, set_predict_mode
+from tf_dropmax.objectives import PriorMasks
 
 MODES = ["expected", "sampled", "exact", "softmax"]
 
@@ -572,3 +573,64 @@ def test_outputs_of_a_second_call(rng):
     assert head.losses == []
     symbolic = head(keras.Input((3,)), output="logits")
     assert (symbolic.shape, symbolic.dtype) == ((None, 4), "float32")
+
+
+def test_seeds_of_streams_and_branches_are_unrelated():
+    """Not those of the same head, and not those of a head with a neighbouring seed."""
+    drawn = []
+    for seed in (0, 1, 2, -1, 2**70):
+        head = DropMaxHead(3, posterior="label", seed=seed)
+        head.build((None, 4))
+        kernels = (head.kernel, head.retain_kernel, head.auxiliary_kernel)
+        # The auxiliary kernel has another scale.
+        drawn += [tuple(np.sign(kernel.numpy()).ravel()) for kernel in kernels]
+        states = (head._train_seeds.state, head._predict_seeds.state)
+        drawn += [tuple(state.numpy()) for state in states]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_further_branch_starts_unlike_the_retain_branch():
+    class Gated(PriorMasks):
+        branches = ("retain", "gate")
+
+    class GatedHead(DropMaxHead):
+        def _make_objective(self):
+            return Gated()
+
+    for seed in (0, None):
+        head = GatedHead(3, seed=seed)
+        head.build((None, 4))
+        ratio = head.gate_kernel.numpy() / head.retain_kernel.numpy()
+        assert ratio.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    [
+        "glorot_uniform",
+        keras.initializers.GlorotUniform,
+        {"class_name": "GlorotUniform", "config": {"seed": None}},
+    ],
+)
+def test_initializers_without_a_seed_leave_the_global_stream_alone(initializer):
+    random.seed(1)
+    expected = random.random()
+    random.seed(1)
+    heads = [DropMaxHead(3, seed=5, kernel_initializer=initializer) for _ in range(2)]
+    assert random.random() == expected
+    for head in heads:
+        head.build((None, 4))
+    np.testing.assert_array_equal(*(head.kernel.numpy() for head in heads))
+
+
+def test_what_weights_depend_on_cannot_be_set():
+    head = DropMaxHead(3)
+    for name, value in (("units", 4), ("posterior", "label"), ("stochastic", False)):
+        with pytest.raises(AttributeError, match=f"`{name}` cannot be set.*Received: {name}="):
+            setattr(head, name, value)
+    assert head.get_config()["posterior"] == "prior"
+
+
+def test_methods_that_need_values_name_the_symbolic_way():
+    with pytest.raises(ValueError, match='call the head with `output="retain_probabilities"`'):
+        DropMaxHead(3).retain_probabilities(keras.Input((4,)))

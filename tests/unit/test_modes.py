@@ -576,3 +576,22 @@ def test_a_head_called_in_a_graph_leaves_no_call_context(x):
     outer.predict(np.zeros((2, 8)), verbose=0)
     assert outer in head._traced_in
     assert head not in head._traced_in
+
+
+def test_calibrating_one_mode_keeps_the_functions_of_the_others(x):
+    model = classifier()
+    model.predict(x, verbose=0)
+    expected = model.predict_function
+    with predict_mode(model, "exact"):
+        model.predict(x, verbose=0)
+        exact = model.predict_function
+        set_predict_temperature(model, 2.0)
+        assert model.predict_function is not exact
+    assert model.predict_function is expected
+    model.layers[-1].call = None  # Tracing the head again would fail.
+    model.predict(x, verbose=0)
+
+
+def test_a_wrong_mode_raises_where_the_context_manager_is_made():
+    with pytest.raises(ValueError, match="`mode` must be one of"):
+        predict_mode(classifier(), "exxact")

@@ -184,6 +184,13 @@ def test_examples_are_all_on_one_scale():
         assert drawn.get_clim() == (0, 1)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 8, 1), (1, 1, 8, 3), (1, 1, 1)])
+def test_images_of_one_pixel_in_height_or_width(shape):
+    rho, log_p = np.full((1, 2), 0.5), np.log(np.full((1, 2), 0.5))
+    drawn = plots.examples(np.full(shape, 0.4), rho, log_p, [0]).axes[0].get_images()[0]
+    assert drawn.get_array().shape == shape[1:]
+
+
 def luminance(colours):
     return np.asarray(colours)[..., :3] @ [0.2126, 0.7152, 0.0722]
 
