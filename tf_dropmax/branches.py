@@ -102,8 +102,9 @@ class BranchedLayer(keras.layers.Layer):
         """Features that did not come through `__call__`, as a tensor that fits the weights."""
         if isinstance(features, keras.KerasTensor):
             raise ValueError(
-                "Expected features that have values. To make an output of a model, call the head "
-                f'with `output="retain_probabilities"`. Received: {features}'
+                "Expected features that have values. This method cannot be part of a functional "
+                'model. Retain probabilities can: `head(x, output="retain_probabilities")`. '
+                f"Received: {features}"
             )
         features = tf.convert_to_tensor(features)
         self._check_dtype(features.dtype)

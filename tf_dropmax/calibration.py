@@ -55,8 +55,8 @@ def calibrate(
             Defaults to 256.
 
     Returns:
-        Float, the temperature, between 0.01 and 100. If neither is better, it is 1.0 or the present
-        temperature.
+        Float, the best temperature between 0.01 and 100; or 1.0 or the present temperature, if
+        none of those is better.
 
     Raises:
         ValueError: If `model` is not a model with exactly one head and one output, or the output

@@ -207,9 +207,10 @@ class DropMaxMonitor(_Callback):
         heads = heads_of(self.model)
         for name in self.schedules:
             if not any(name in head._objective.settings for head in heads):
+                arguments = ("retain_probability", "stochastic", "posterior")
+                received = [{each: getattr(head, each) for each in arguments} for head in heads]
                 raise ValueError(
-                    f"Expected a head on which `{name}` has an effect. "
-                    f"Received: {[head.get_config() for head in heads]}"
+                    f"Expected a head on which `{name}` has an effect. Received: {received}"
                 )
         names = sorted(head.name for head in heads)
         if self.y is not None and len(set(names)) < len(names):
@@ -249,14 +250,16 @@ class DropMaxMonitor(_Callback):
         # The statistics need no masks, but the model draws some in mode "sampled".
         seeds = [head._predict_seeds.state for head in heads_of(self.model)]
         before = [seed.numpy() for seed in seeds]
-        for start in range(0, len(y), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            x = keras.tree.map_structure(
-                lambda part, rows=rows: tf.convert_to_tensor(part[rows]), self.x
-            )
-            sums.append(self._statistics(x, tf.constant(y[rows], tf.int32)).numpy())
-        for seed, state in zip(seeds, before, strict=True):
-            seed.assign(state)
+        try:
+            for start in range(0, len(y), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                x = keras.tree.map_structure(
+                    lambda part, rows=rows: tf.convert_to_tensor(part[rows]), self.x
+                )
+                sums.append(self._statistics(x, tf.constant(y[rows], tf.int32)).numpy())
+        finally:
+            for seed, state in zip(seeds, before, strict=True):
+                seed.assign(state)
         total = np.sum(sums, axis=0)
         return total[:, 1:] / total[:, :1]
 

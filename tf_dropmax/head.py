@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 POSTERIORS = ("prior", "label")
-_FIXED = ("units", "retain_probability", "stochastic", "posterior")
+_FIXED = ("units", "use_bias", "seed", "retain_probability", "stochastic", "posterior")
 OUTPUTS = ("classes", "retain_probabilities", "logits")
 # Where a layer keeps the heads that were traced in it. Neither Keras nor TensorFlow tracks it.
 _TRACED = "_dropmax_traced_heads"
@@ -311,8 +311,8 @@ class DropMaxHead(BranchedLayer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and "_objective" in vars(self):
             raise AttributeError(
-                f"`{name}` cannot be set, because weights and training depend on it. Make a new "
-                f"head. Received: {name}={value!r}"
+                f"`{name}` cannot be set, because weights, masks and training depend on it. "
+                f"Make a new head. Received: {name}={value!r}"
             )
         super().__setattr__(name, value)
 

@@ -44,6 +44,8 @@ def at_label(y_true: Any, values: Any, *, name: str) -> tf.Tensor:
     if not are_sparse(y_true, values, name=name):
         return tf.reduce_sum(label_weights(y_true, values, name=name) * values, axis=-1)
     labels = _indices(y_true, values, name)
+    if labels.dtype.is_bool:
+        labels = tf.cast(labels, tf.int32)  # TensorFlow has no minimum of bools.
     index, classes = tf.cast(labels, tf.int32), tf.shape(values)[-1]
     valid = (index >= 0) & (index < classes) & tf.equal(tf.cast(index, labels.dtype), labels)
     message = f"{name}: sparse labels must be whole numbers in [0, T), where T is"

@@ -193,7 +193,7 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         **kwargs: Arguments of `DropMaxHead`, except those that are tuned.
 
     Raises:
-        ValueError, TypeError: If `features` or `optimizer` is not as above, or as `dropmax_head`.
+        ValueError: If `features`, `units`, `optimizer` or `tune` is not as above.
 
     Example:
 
@@ -239,12 +239,9 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         self.optimizer = optimizer
         self.tune = _checked_names(tune, (*TUNABLE, "feature_decay"))
         self.kwargs = kwargs
-        # A wrong argument raises here and not in the first trial. The name and the seed keep this
-        # head from changing the names and the random numbers of later layers.
-        arguments = {"name": "check", "seed": 0, **kwargs}
-        dropmax_head(
-            keras_tuner.HyperParameters(), units, self.tune - {"feature_decay"}, **arguments
-        )
+        check_positive_int("units", units)
+        arguments = kwargs.get("retain_probability"), kwargs.get("stochastic", True)
+        _check_effects(self.tune - {"feature_decay"}, *arguments)
         # The models that `features` has returned.
         self._used: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
@@ -260,7 +257,9 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         Raises:
             ValueError: If `features` returns no built functional or sequential model, a model
                 without exactly one output, or a trainable model that it has returned before; or
-                if `"feature_decay"` is tuned and the model has no trainable weights.
+                if `"feature_decay"` is tuned and the model has no trainable weights; or as
+                `dropmax_head`.
+            TypeError: As `dropmax_head`.
 
         Example:
 

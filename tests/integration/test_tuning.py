@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -138,15 +137,20 @@ def test_wrong_arguments():
         DropMaxHyperModel(lambda hp: keras.Model(x, [x + 1, x + 2]), 3).build(HyperParameters())
 
 
-def test_the_check_of_the_arguments_leaves_names_and_global_random_numbers_alone():
-    drawn = []
-    for tune in (None, ["feature_decay", "posterior"]):
-        keras.utils.clear_session()
-        keras.utils.set_random_seed(1)
-        if tune:
-            DropMaxHyperModel(features, 3, tune=tune)
-        drawn.append((keras.random.uniform(()).numpy(), random.random(), DropMaxHead(3).name))
-    assert drawn[0] == drawn[1]
+def test_a_hypermodel_does_not_start_tensorflow():
+    """Threads and collective operations must be configured before that."""
+    code = (
+        "import tensorflow as tf; from tf_dropmax import tuning;"
+        "tuning.DropMaxHyperModel(lambda hp: None, 3, tune=['feature_decay', 'posterior']);"
+        "tf.config.threading.set_inter_op_parallelism_threads(2)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_wrong_arguments_of_the_head_raise_before_the_first_trial(tmp_path):
+    hypermodel = DropMaxHyperModel(features, 3, temperature=-1.0)
+    with pytest.raises(ValueError, match="`temperature` must be"):
+        keras_tuner.RandomSearch(hypermodel, hypermodel.objective, directory=tmp_path)
 
 
 def test_the_penalty_of_the_features(rng):

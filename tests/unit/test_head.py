@@ -625,12 +625,12 @@ def test_initializers_without_a_seed_leave_the_global_stream_alone(initializer):
 
 def test_what_weights_depend_on_cannot_be_set():
     head = DropMaxHead(3)
-    for name, value in (("units", 4), ("posterior", "label"), ("stochastic", False)):
+    for name, value in (("units", 4), ("posterior", "label"), ("use_bias", False), ("seed", 2)):
         with pytest.raises(AttributeError, match=f"`{name}` cannot be set.*Received: {name}="):
             setattr(head, name, value)
     assert head.get_config()["posterior"] == "prior"
 
 
 def test_methods_that_need_values_name_the_symbolic_way():
-    with pytest.raises(ValueError, match='call the head with `output="retain_probabilities"`'):
+    with pytest.raises(ValueError, match=r'can: `head\(x, output="retain_probabilities"\)`'):
         DropMaxHead(3).retain_probabilities(keras.Input((4,)))

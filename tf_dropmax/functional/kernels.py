@@ -16,8 +16,8 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     life of the process, and thereby keeps the whole graph (tensorflow#97697). The call of a
     `tf.function` registers nothing but what belongs to that function.
 
-    A kernel must have no loop and no condition. The converters to ONNX and LiteRT remove the
-    functions of loops and conditions from the process, and a kernel is used again after that.
+    The function must have no loop and no condition. The converters to ONNX and LiteRT remove the
+    functions of loops and conditions from the process, and this function is used again after that.
 
     Args:
         function: Function of tensors of shape `(B, T)`, and of others after them, as

@@ -29,8 +29,8 @@ class _ProbabilityMean(keras.metrics.MeanMetricWrapper):
 class NegativeLogLikelihood(_ProbabilityMean):
     """Mean of `-log p(label)`, in nats.
 
-    `val_loss` of `DropMaxLoss` is this value plus the penalties of the regularizers, without
-    `label_smoothing`, `ignore_class` and sample weights. This metric
+    Without `label_smoothing`, `ignore_class` and sample weights, `val_loss` of `DropMaxLoss` is
+    this value plus the penalties of the regularizers. This metric
     also takes plain logits and probabilities. With a `DropMaxHead`, use only the validation values.
     In training the head returns scores, not log-probabilities.
 
