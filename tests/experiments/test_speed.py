@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_dropmax import functional
 from tf_dropmax.experiments import networks, speed_heads, speed_parts, timing
 from tf_dropmax.experiments.cli import main
 from tf_dropmax.experiments.systems import SYSTEMS
@@ -53,25 +52,6 @@ def test_the_naive_head_has_the_same_expected_loss(rng):
     steps = [speed_heads.training_step(*heads[name], x, y) for name in ("naive", "DropMax")]
     losses = [np.mean([step()[0] for _ in range(8)]) for step in steps]
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
-
-
-def test_the_bare_head_has_the_scores_of_the_prior_without_entropy(rng):
-    logits, retain_logits = (tf.constant(rng.normal(size=(8, 5)), tf.float32) for _ in range(2))
-    uniform = functional.uniform_draws((8, 5), (1, 2))
-
-    def ours(logits, retain_logits, uniform):
-        masks = functional.relaxed_mask_logits(retain_logits, uniform, 0.1)
-        return functional.prior_scores_and_entropy(logits, retain_logits, masks, 0.0)[0]
-
-    found = []
-    for scores in (speed_heads.bare_scores, ours):
-        with tf.GradientTape() as tape:
-            tape.watch([logits, retain_logits])
-            value = scores(logits, retain_logits, uniform)
-            loss = -tf.reduce_sum(value[:, 0])
-        found.append([value, *tape.gradient(loss, [logits, retain_logits])])
-    for bare, exact in zip(*found, strict=True):
-        np.testing.assert_allclose(bare, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_the_systems_are_compared_with_the_base():

@@ -36,11 +36,10 @@ class NaiveHead(keras.layers.Layer):
         self.logits.build(input_shape)
         self.retain.build(input_shape)
 
-    def branches(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.cast(self.logits(inputs), tf.float32), tf.cast(self.retain(inputs), tf.float32)
-
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        logits, retain_logits = self.branches(inputs)
+        logits, retain_logits = (
+            tf.cast(branch(inputs), tf.float32) for branch in (self.logits, self.retain)
+        )
         masks = tfp.distributions.RelaxedBernoulli(0.1, logits=retain_logits).sample()
         masks = tf.clip_by_value(masks, 1e-7, 1 - 1e-7)
         log_sum = tf.reduce_logsumexp(logits + tf.math.log(masks), axis=-1, keepdims=True)
@@ -50,53 +49,6 @@ class NaiveHead(keras.layers.Layer):
         entropy = -rho * log_rho - (1 - rho) * tf.math.log_sigmoid(-retain_logits)
         self.add_loss(-tf.reduce_mean(tf.reduce_sum(entropy, axis=-1)))
         return log_rho + logits - log_target - entropy
-
-
-class BareHead(NaiveHead):
-    """DropMax with the fewest operations: a bound on what a faster implementation can gain.
-
-    It has no entropy term, no protection against overflow, and no measures that save memory.
-
-    Args:
-        units: Positive int, the number of classes T.
-        **kwargs: Arguments of `keras.layers.Layer`.
-    """
-
-    def __init__(self, units: int, **kwargs: Any):
-        super().__init__(units, **kwargs)
-        # Constant seeds would let TensorFlow draw the masks before the first step.
-        self.seeds = self.add_weight(
-            shape=(2,), initializer="zeros", dtype="int32", trainable=False
-        )
-
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        logits, retain_logits = self.branches(inputs)
-        seeds = tf.convert_to_tensor(self.seeds)
-        uniform = tf.random.stateless_uniform(tf.shape(logits), seeds, alg="philox") + 2.0**-24
-        return bare_scores(logits, retain_logits, uniform)
-
-
-@tf.custom_gradient
-def bare_scores(
-    logits: tf.Tensor, retain_logits: tf.Tensor, uniform: tf.Tensor
-) -> tuple[tf.Tensor, Callable[..., Any]]:
-    """The scores of the prior without the entropy term, at a mask temperature of 0.1."""
-    noise = tf.math.log(uniform / (1 - uniform))
-    masks = tf.sigmoid((retain_logits + noise) * 10.0)
-    weights = tf.exp(logits - tf.reduce_max(logits, axis=-1, keepdims=True))
-    kept = weights * masks
-    dropped = weights - kept
-    denominator = dropped + tf.reduce_sum(kept, axis=-1, keepdims=True)
-    log_rho = tf.minimum(retain_logits, 0) - tf.math.log(1 + tf.exp(-tf.abs(retain_logits)))
-
-    def gradient(upstream):
-        pull = upstream / denominator
-        pulls = tf.reduce_sum(pull, axis=-1, keepdims=True)
-        by_logits = upstream - dropped * pull - kept * pulls
-        by_masks = masks * dropped * (pull - pulls) * 10.0
-        return by_logits, upstream * tf.sigmoid(-retain_logits) + by_masks, None
-
-    return log_rho + tf.math.log(weights / denominator), gradient
 
 
 def cross_entropy() -> keras.losses.Loss:
@@ -124,7 +76,6 @@ def heads_and_losses(
         "label": (head(posterior="label"), DropMaxLoss()),
         "attention": (head(stochastic=False), DropMaxLoss()),
         "random": (head(retain_probability=0.4), DropMaxLoss()),
-        "bare": (BareHead(classes, dtype=policy), DropMaxLoss()),
         "naive": (NaiveHead(classes, dtype=policy), DropMaxLoss()),
         "MC dropout": (dropout, cross_entropy()),
     }
