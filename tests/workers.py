@@ -27,7 +27,7 @@ def data():
 
 def model(**kwargs):
     model = keras.Sequential([keras.Input((5,)), tf_dropmax.DropMaxHead(3, seed=1, **kwargs)])
-    model.compile(keras.optimizers.Adam(0.01), tf_dropmax.DropMaxLoss(), metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(0.05), tf_dropmax.DropMaxLoss(), metrics=["accuracy"])
     return model
 
 
