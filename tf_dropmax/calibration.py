@@ -102,8 +102,10 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
         Float. It is 1.0 if no other temperature is better.
 
     Raises:
-        ValueError: If there are no examples, all labels are the same class, or a value is not
-            finite.
+        ValueError: If the labels do not fit; if there are no examples with a positive weight, or
+            all labels are the same class; if a value is not finite; or if a label or weight is
+            negative.
+        tf.errors.InvalidArgumentError: If a sparse label is not a whole number in [0, T).
         ImportError: If scipy is not installed.
 
     Example:

@@ -104,7 +104,8 @@ def label_weights(y_true: tf.Tensor, values: tf.Tensor, *, name: str) -> tf.Tens
         y_true, values, name: As for `at_label`. Both are tensors.
 
     Returns:
-        Tensor of the shape and dtype of `values`. An invalid sparse label gives a row of zeros.
+        Tensor of the shape and dtype of `values`. A sparse label is converted to int32, without
+        the check of `at_label`. If it is then not in [0, T), its row is zeros.
 
     Raises:
         ValueError: If the static shapes do not fit.

@@ -30,9 +30,9 @@ class NegativeLogLikelihood(_ProbabilityMean):
     """Mean of `-log p(label)`, in nats.
 
     Without `label_smoothing`, `ignore_class` and sample weights, `val_loss` of `DropMaxLoss` is
-    this value plus the penalties of the regularizers. This metric
-    also takes plain logits and probabilities. With a `DropMaxHead`, use only the validation values.
-    In training the head returns scores, not log-probabilities.
+    this value plus the penalties of the regularizers. This metric also takes plain logits and
+    probabilities. With a `DropMaxHead`, use only the validation values. In training the head
+    returns scores, not log-probabilities.
 
     Args:
         from_logits: Bool. `True`: `y_pred` are log-probabilities or any logits. `False`: they are
