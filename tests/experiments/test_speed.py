@@ -64,6 +64,7 @@ def test_the_systems_are_compared_with_the_base():
         assert row["system"]["ratio"] == pytest.approx(row["system"]["ms"] / row["base"]["ms"])
 
 
+@pytest.mark.long
 def test_the_first_step_is_compiled_anew_every_time(monkeypatch):
     made = []
     make = speed_parts.training_steps
@@ -80,6 +81,7 @@ def test_the_first_step_is_compiled_anew_every_time(monkeypatch):
     assert row["Dense(2T)"]["ratio"] == 1
 
 
+@pytest.mark.long
 def test_speed_command(tmp_path, capsys, monkeypatch):
     measure = speed_parts.peak
 

@@ -480,7 +480,7 @@ def test_what_is_no_mode_and_no_model_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("posterior", ["prior", "label"])
+@pytest.mark.parametrize("posterior", ["prior", pytest.param("label", marks=pytest.mark.long)])
 @pytest.mark.parametrize("mode", ["expected", pytest.param("softmax", marks=pytest.mark.long)])
 def test_no_more_graphs_stay_than_with_dense(x, mode, posterior):
     """Keras itself keeps some at every `compile`."""
