@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dropmax.functional.numerics import LIMIT, to_float
+from tf_dropmax.functional.numerics import LIMIT, scalar, to_float
 
 
 def uniform_draws(shape: Any, seed: Any, dtype: Any = "float32") -> tf.Tensor:
@@ -63,9 +63,9 @@ def relaxed_mask_logits(
     """
     retain_logits = to_float(retain_logits)
     uniform = tf.cast(uniform, retain_logits.dtype)
-    temperature = tf.convert_to_tensor(temperature, dtype_hint=retain_logits.dtype)
+    temperature = scalar(temperature, retain_logits.dtype)
     noise = tf.math.log(uniform / (1 - uniform))
-    return (retain_logits + noise) * (1 / tf.cast(temperature, retain_logits.dtype))
+    return (retain_logits + noise) * (1 / temperature)
 
 
 def relaxed_masks(

@@ -25,6 +25,11 @@ def clip(x) -> tf.Tensor:
     return tf.where(tf.math.is_finite(x), clipped, tf.constant(np.nan, x.dtype))
 
 
+def scalar(value, dtype) -> tf.Tensor:
+    """A number as a tensor. A Python float keeps all its digits in float64."""
+    return tf.cast(tf.convert_to_tensor(value, dtype_hint=dtype), dtype)
+
+
 def less_maximum(logits: tf.Tensor) -> tf.Tensor:
     """Logits minus their maximum, no less than `-LIMIT`.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tf_dropmax.functional.kernels import traced_once
-from tf_dropmax.functional.numerics import LIMIT, broadcast, clip, less_maximum, to_float
+from tf_dropmax.functional.numerics import LIMIT, broadcast, clip, less_maximum, scalar, to_float
 
 # Mask logits below this count as this. A class that is kept with exp(-80) has no weight.
 _DROPPED_MASK = -80.0
@@ -164,7 +164,7 @@ def prior_scores_and_entropy(
     1.3863
     """
     arguments = broadcast(*(to_float(x) for x in (logits, retain_logits, mask_logits)))
-    weight = _weight(entropy_weight, arguments[0].dtype)
+    weight = scalar(entropy_weight, arguments[0].dtype)
     return _prior(*arguments, constants=(weight,))
 
 
@@ -248,7 +248,7 @@ def label_scores_and_entropy(
         for x in (retain_logits, auxiliary_logits)
     )
     arguments = broadcast(to_float(logits), *branches, to_float(mask_logits))
-    weight = _weight(auxiliary_weight, arguments[0].dtype)
+    weight = scalar(auxiliary_weight, arguments[0].dtype)
 
     return _label(*arguments, constants=(weight,))
 
@@ -289,8 +289,3 @@ def _not_before(*tensors):
     A graph computes what it can as early as it can, and then holds it in memory.
     """
     return tf.control_dependencies(tensors)
-
-
-def _weight(value, dtype):
-    """A weight as a scalar tensor. A Python float keeps all its digits in float64."""
-    return tf.cast(tf.convert_to_tensor(value, dtype_hint=dtype), dtype)
