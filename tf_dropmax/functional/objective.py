@@ -5,15 +5,20 @@ The loss of an example is minus the score of its label, minus the weighted entro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tf_dropmax.functional.kernels import traced_once
-from tf_dropmax.functional.numerics import LIMIT, broadcast, clip, less_maximum, scalar, to_float
+from tf_dropmax.functional.numerics import LIMIT, broadcast, scalar, to_float
 
-# Mask logits below this count as this. A class that is kept with exp(-80) has no weight.
-_DROPPED_MASK = -80.0
+# Without XLA every operation is a pass over memory, so the kernels of this file have few of them.
+
+# `dy * y * (1 - y)` in one operation. The order of its products does not overflow.
+_times_sigmoid_slope = tf.raw_ops.SigmoidGrad
+# The kept weights of a row sum to at least this, about exp(-80), relative to the largest weight.
+_LEAST_KEPT = 2.0**-115
 # Sums over classes of retain and auxiliary logits, times a weight, must stay finite.
 _SUMMED_LIMIT = 1e28
 
@@ -38,40 +43,26 @@ def mask_entropy(retain_logits: Any) -> tf.Tensor:
 @traced_once
 def _mask_entropy(retain_logits):
     def gradient(upstream):
-        return -upstream * _times_drop_slope(retain_logits, tf.sigmoid(-retain_logits))
+        slope = _times_sigmoid_slope(y=tf.sigmoid(-retain_logits), dy=retain_logits)
+        return -upstream * slope
 
-    return _sigmoid(retain_logits).entropy, gradient
+    return _Sides.of(retain_logits).entropy, gradient
 
 
-class _Sigmoid(NamedTuple):
-    """Functions of a sigmoid's argument that share one exponential and one logarithm."""
+class _Sides(NamedTuple):
+    """A mask with the logit `x`, seen from its more probable and its less probable value."""
 
-    keep: tf.Tensor  # sigmoid(x)
-    drop: tf.Tensor  # sigmoid(-x)
-    log_keep: tf.Tensor
-    log_drop: tf.Tensor
+    magnitude: tf.Tensor  # |x|
+    less: tf.Tensor  # probability of the less probable value, at most 1/2
+    log_more: tf.Tensor  # log-probability of the more probable value
     entropy: tf.Tensor
 
-
-def _sigmoid(x):
-    magnitude = tf.abs(x)
-    odds = tf.exp(-magnitude)
-    total = 1 + odds
-    log_total = tf.math.log1p(odds)
-    large, small = 1 / total, odds / total
-    positive = x >= 0
-    return _Sigmoid(
-        keep=tf.where(positive, large, small),
-        drop=tf.where(positive, small, large),
-        log_keep=tf.maximum(tf.minimum(x, 0), -LIMIT) - log_total,
-        log_drop=tf.maximum(-tf.maximum(x, 0), -LIMIT) - log_total,
-        entropy=log_total + magnitude * small,
-    )
-
-
-def _times_drop_slope(logits, drop):
-    """`r rho (1 - rho)`, given `drop = 1 - rho`. Minus this is the derivative of the entropy."""
-    return (drop * logits) * (1 - drop)  # In this order no product overflows.
+    @classmethod
+    def of(cls, x):
+        magnitude = tf.abs(x)
+        less = tf.sigmoid(-magnitude)
+        log_more = tf.math.log1p(-less)
+        return cls(magnitude, less, log_more, entropy=magnitude * less - log_more)
 
 
 def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
@@ -101,34 +92,38 @@ def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
     return _target_kernel(*arguments)
 
 
-def _target_log_likelihood(logits, mask_logits):
-    """The value, and a function from its gradient to the gradients of the arguments."""
-    mask_logits = tf.maximum(mask_logits, _DROPPED_MASK)
-    # log z differs from min(mask_logits, 0) by at most log 2. So, relative to the second
-    # maximum, the sum S is between 1/2 and T, and no weight exceeds exp(-_DROPPED_MASK).
-    relative = less_maximum(logits)
-    relative -= tf.reduce_max(relative + tf.minimum(mask_logits, 0), axis=-1, keepdims=True)
+class _Likelihood(NamedTuple):
+    """The log-likelihood `relative - log_denominator`, and the function of its gradient."""
+
+    relative: tf.Tensor  # o_k - max o. It may overflow to minus infinity.
+    log_denominator: tf.Tensor  # log D_k - max o
+    gradient: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+
+def _likelihood(logits, mask_logits):
+    relative = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
     weights = tf.exp(relative)
     masks = tf.sigmoid(mask_logits)
     kept = weights * masks  # z w
-    dropped = weights - kept  # (1 - z) w. Its rounding is harmless: it is added to S >= z w.
-    total = tf.reduce_sum(kept, axis=-1, keepdims=True)
-    denominator = dropped + total
-    value = relative - tf.math.log(denominator)
+    total = tf.reduce_sum(kept, axis=-1, keepdims=True) + _LEAST_KEPT
+    # The rounding of (1 - z) w is harmless: it is added to S >= z w.
+    log_denominator = tf.math.log(weights - kept + total)
 
     def gradient(upstream):
-        # Computed again, so that fewer tensors wait for this function.
-        kept = weights * masks
-        dropped = weights - kept
-        pull = upstream / (dropped + total)
-        pulls = tf.reduce_sum(pull, axis=-1, keepdims=True)
-        by_logits = upstream - dropped * pull - kept * pulls
-        return by_logits, masks * dropped * (pull - pulls)
+        # The denominator is computed again, so that fewer tensors wait for this function.
+        pull = upstream / (weights - weights * masks + total)
+        change = weights * (pull - tf.reduce_sum(pull, axis=-1, keepdims=True))
+        by_logits = upstream - weights * pull + masks * change
+        return by_logits, _times_sigmoid_slope(y=masks, dy=change)
 
-    return value, gradient
+    return _Likelihood(relative, log_denominator, gradient)
 
 
-_target_kernel = traced_once(_target_log_likelihood)
+@traced_once
+def _target_kernel(logits, mask_logits):
+    likelihood = _likelihood(logits, mask_logits)
+    value = tf.maximum(likelihood.relative, -LIMIT) - likelihood.log_denominator
+    return value, likelihood.gradient
 
 
 def prior_scores_and_entropy(
@@ -170,19 +165,26 @@ def prior_scores_and_entropy(
 
 @traced_once
 def _prior(logits, retain_logits, mask_logits, weight):
-    likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
-    retain = _sigmoid(retain_logits)
-    scores = retain.log_keep - weight * retain.entropy + likelihood
+    likelihood = _likelihood(logits, mask_logits)
+    linear = _linear_part(likelihood, retain_logits)
+    retain = _Sides.of(*_after([linear], retain_logits))
+    scores = linear + retain.log_more - weight * retain.entropy
 
     def gradient(by_scores, by_entropy):
-        by_logits, by_masks = likelihood_gradient(by_scores)
-        with _not_before(by_logits, by_masks):
-            drop = tf.sigmoid(-retain_logits)
-        slope = weight * by_scores - by_entropy[..., tf.newaxis]
-        by_retain = by_scores * drop + slope * _times_drop_slope(retain_logits, drop)
+        by_logits, by_masks = likelihood.gradient(by_scores)
+        drop = tf.sigmoid(-_after([by_logits, by_masks], retain_logits)[0])
+        by_entropies = by_entropy[..., tf.newaxis] - weight * by_scores
+        by_retain = by_scores * drop - by_entropies * _times_sigmoid_slope(y=drop, dy=retain_logits)
+        by_logits, by_masks = _after([by_retain], by_logits, by_masks)
         return by_logits, by_retain, by_masks, None
 
     return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
+
+
+def _linear_part(likelihood, retain_logits):
+    """`o_k - log D_k + min(r_k, 0)`. With `log_more` this is `log rho_k + o_k - log D_k`."""
+    linear = tf.maximum(likelihood.relative + tf.minimum(retain_logits, 0), -LIMIT)
+    return linear - likelihood.log_denominator
 
 
 def posterior_logits(retain_logits: Any, auxiliary_logits: Any) -> tf.Tensor:
@@ -201,7 +203,7 @@ def posterior_logits(retain_logits: Any, auxiliary_logits: Any) -> tf.Tensor:
     >>> tf_dropmax.functional.posterior_logits([1.0, 2.0], [0.5, -3.0]).numpy().tolist()
     [1.5, -1.0]
     """
-    return tf.stop_gradient(clip(retain_logits)) + clip(auxiliary_logits)
+    return tf.stop_gradient(to_float(retain_logits)) + to_float(auxiliary_logits)
 
 
 def label_scores_and_entropy(
@@ -243,49 +245,57 @@ def label_scores_and_entropy(
     >>> scores.shape, entropy.shape
     (TensorShape([1, 2]), TensorShape([1]))
     """
-    branches = (
-        tf.clip_by_value(clip(x), -_SUMMED_LIMIT, _SUMMED_LIMIT)
-        for x in (retain_logits, auxiliary_logits)
-    )
-    arguments = broadcast(to_float(logits), *branches, to_float(mask_logits))
+    tensors = (logits, retain_logits, auxiliary_logits, mask_logits)
+    arguments = broadcast(*(to_float(x) for x in tensors))
     weight = scalar(auxiliary_weight, arguments[0].dtype)
-
     return _label(*arguments, constants=(weight,))
 
 
 @traced_once
 def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
-    likelihood, likelihood_gradient = _target_log_likelihood(logits, mask_logits)
-    retain = _sigmoid(retain_logits)
-    posterior = _sigmoid(retain_logits + auxiliary_logits)
-    # KL(q || rho), so written that it keeps its digits where q is close to 0 or 1.
-    divergence = posterior.keep * (posterior.log_keep - retain.log_keep)
-    divergence += posterior.drop * (posterior.log_drop - retain.log_drop)
+    retain_logits, auxiliary_logits = (
+        tf.clip_by_value(x, -_SUMMED_LIMIT, _SUMMED_LIMIT)
+        for x in (retain_logits, auxiliary_logits)
+    )
+    posterior_logits = retain_logits + auxiliary_logits
+    likelihood = _likelihood(logits, mask_logits)
+    target = _linear_part(likelihood, retain_logits) + weight * auxiliary_logits
+    retain = _Sides.of(*_after([target], retain_logits))
+    posterior = _Sides.of(*_after([retain.entropy], posterior_logits))
+    # KL(q || rho) is the cross entropy of q and rho minus the entropy of q. The cross entropy is
+    # `|r| * against - log_more`, where `against` is the probability under q of the value that is
+    # less probable under rho.
+    same = retain_logits * posterior_logits >= 0
+    against = tf.where(same, posterior.less, 1 - posterior.less)
+    divergence = retain.magnitude * against - retain.log_more - posterior.entropy
     # What a target has in place of its term in the sum over all classes.
-    target = retain.log_keep + divergence + weight * auxiliary_logits
-    others = weight * _sigmoid(auxiliary_logits).log_drop - divergence
-    scores = likelihood + target + tf.reduce_sum(others, axis=-1, keepdims=True)
+    target += retain.log_more + divergence
+    log_not = _Sides.of(*_after([target], auxiliary_logits)).log_more
+    log_not -= tf.maximum(auxiliary_logits, 0)
+    scores = target + tf.reduce_sum(weight * log_not - divergence, axis=-1, keepdims=True)
 
     def gradient(by_scores, by_entropy):
-        by_logits, by_masks = likelihood_gradient(by_scores)
+        by_logits, by_masks = likelihood.gradient(by_scores)
         total = tf.reduce_sum(by_scores, axis=-1, keepdims=True)
         by_divergence = by_scores - total
-        with _not_before(by_logits, by_masks):
-            retain_drop = tf.sigmoid(-retain_logits)
-            drop = tf.sigmoid(-retain_logits - auxiliary_logits)
-        by_retain = by_scores * retain_drop + by_divergence * (drop - retain_drop)
-        slope = _times_drop_slope(retain_logits, retain_drop)
+        late = _after([by_logits, by_masks], retain_logits, posterior_logits)
+        retain_drop, drop = (tf.sigmoid(-x) for x in late)
+        by_retain = by_divergence * drop + total * retain_drop
+        slope = _times_sigmoid_slope(y=retain_drop, dy=retain_logits)
         by_retain -= by_entropy[..., tf.newaxis] * slope
-        by_auxiliary = weight * (by_scores - total * tf.sigmoid(auxiliary_logits))
-        by_auxiliary += by_divergence * ((drop * auxiliary_logits) * (1 - drop))
+        slope = _times_sigmoid_slope(y=drop, dy=auxiliary_logits)
+        by_auxiliary = by_divergence * (weight + slope)
+        by_auxiliary += (weight * total) * tf.sigmoid(-auxiliary_logits)
+        by_logits, by_masks = _after([by_retain, by_auxiliary], by_logits, by_masks)
         return by_logits, by_retain, by_auxiliary, by_masks, None
 
     return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
 
 
-def _not_before(*tensors):
-    """A context in which nothing is computed before some tensors.
+def _after(first, *tensors):
+    """The same tensors, but a graph computes nothing from them before the tensors in `first`.
 
-    A graph computes what it can as early as it can, and then holds it in memory.
+    By itself a graph computes what it can as early as it can, and then holds it in memory.
     """
-    return tf.control_dependencies(tensors)
+    with tf.control_dependencies(first):
+        return [tf.identity(tensor) for tensor in tensors]

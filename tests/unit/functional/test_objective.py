@@ -67,15 +67,21 @@ def test_golden_objective(golden, dtype, tolerance):
     np.testing.assert_allclose(grad_retain, golden["grad_retain"], atol=1e-6)
 
 
-def test_scores_have_second_derivatives(case):
-    """A custom gradient must keep higher derivatives, the mixed ones too."""
-    start = np.concatenate(
-        [case[key][1] for key in ("logits", "retain_logits")] + [np.linspace(-3, 2, 6)]
-    )
+def weighted_prior(x):
+    scores, entropy = functional.prior_scores_and_entropy(*tf.split(x, 3), entropy_weight=0.3)
+    return tf.reduce_sum(scores * np.linspace(-1, 2, 6)) + 0.7 * entropy
 
-    def value(x):
-        scores, entropy = functional.prior_scores_and_entropy(*tf.split(x, 3), entropy_weight=0.3)
-        return tf.reduce_sum(scores * np.linspace(-1, 2, 6)) + 0.7 * entropy
+
+def weighted_label(x):
+    scores, entropy = functional.label_scores_and_entropy(*tf.split(x, 4), auxiliary_weight=0.3)
+    return tf.reduce_sum(scores * np.linspace(-1, 2, 6)) + 0.7 * entropy
+
+
+@pytest.mark.parametrize(("value", "count"), [(weighted_prior, 3), (weighted_label, 4)])
+def test_scores_have_second_derivatives(case, value, count):
+    """A custom gradient must keep higher derivatives, the mixed ones too."""
+    branches = [case["logits"][1], case["retain_logits"][1], np.linspace(-3, 2, 6)]
+    point = tf.constant(np.concatenate([*branches, case["logits"][2]][:count]))
 
     def gradient(x):
         with tf.GradientTape() as tape:
@@ -83,15 +89,34 @@ def test_scores_have_second_derivatives(case):
             y = value(x)
         return tape.gradient(y, x)
 
-    point = tf.constant(start)
     with tf.GradientTape() as tape:
         tape.watch(point)
         g = gradient(point)
     hessian = tape.jacobian(g, point)
     step = 1e-5
-    for index, shift in enumerate(step * np.eye(18)):
+    for index, shift in enumerate(step * np.eye(len(point))):
         difference = (gradient(point + shift) - gradient(point - shift)) / (2 * step)
         np.testing.assert_allclose(hessian[:, index], difference, atol=1e-7)
+
+
+def test_small_entropies_and_divergences_keep_their_digits(rng):
+    """In float32, with retain probabilities close to 1."""
+    r = rng.uniform(2, 60, size=(50, 4)).astype("float32")
+    shift = rng.uniform(-4, 4, size=(50, 4)).astype("float32")
+
+    def divergence(dtype):
+        """The sum of the KL divergences of the other classes, without masks and auxiliary loss."""
+        zeros, kept = tf.zeros_like(r, dtype), tf.fill(r.shape, tf.constant(99, dtype))
+        prior, auxiliary = r.astype(dtype), shift.astype(dtype)
+        scores, _ = functional.label_scores_and_entropy(zeros, prior, auxiliary, kept, 0.0)
+        # The score of a class is `log rho` - log 4 less this sum.
+        return (functional.numerics.log_sigmoid(prior) - np.log(4) - scores).numpy()
+
+    exact = divergence("float64")
+    assert exact.max() > 0.1
+    np.testing.assert_allclose(divergence("float32"), exact, rtol=3e-6, atol=5e-7)
+    entropies = (functional.mask_entropy(r.astype(dtype)) for dtype in ("float32", "float64"))
+    np.testing.assert_allclose(*entropies, rtol=3e-6)
 
 
 @pytest.mark.parametrize("traced", [False, True])
