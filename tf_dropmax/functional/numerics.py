@@ -45,9 +45,14 @@ def log_sigmoid(x) -> tf.Tensor:
 
 @traced_once
 def _log_sigmoid(x):
+    return plus_log_sigmoid(0, x), lambda upstream: upstream * tf.sigmoid(-x)
+
+
+def plus_log_sigmoid(start, x):
+    """`start + log(sigmoid(x))`, no less than `-LIMIT`. `start` is at most 0."""
     # Not `log1p`, which ONNX lacks. The difference is below the rounding of the sum.
-    value = tf.maximum(tf.minimum(x, 0), -LIMIT) - tf.math.log(1 + tf.exp(-tf.abs(x)))
-    return value, lambda upstream: upstream * tf.sigmoid(-x)
+    log_larger = -tf.math.log(1 + tf.exp(-tf.abs(x)))
+    return tf.maximum(start + tf.minimum(x, 0), -LIMIT) + log_larger
 
 
 def tiny(x: tf.Tensor) -> tf.Tensor:

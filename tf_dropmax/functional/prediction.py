@@ -13,8 +13,7 @@ from tf_dropmax.functional.masks import uniform_draws
 from tf_dropmax.functional.numerics import (
     broadcast,
     clip,
-    less_maximum,
-    log_sigmoid,
+    plus_log_sigmoid,
     rows_with_nan,
     tiny,
     to_float,
@@ -68,7 +67,8 @@ def expected_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:
 
 @traced_once
 def _expected(logits, retain_logits):
-    log_p = tf.nn.log_softmax(less_maximum(logits) + log_sigmoid(retain_logits))
+    relative = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
+    log_p = tf.nn.log_softmax(plus_log_sigmoid(relative, retain_logits))
 
     def gradient(upstream):
         by_logits = upstream - tf.exp(log_p) * tf.reduce_sum(upstream, axis=-1, keepdims=True)
