@@ -70,8 +70,9 @@ def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
 
     With `w = exp(o)` and `S = sum_t z_t w_t` over all masks, the result is `o_k - log D_k`, where
     `D_k = S + (1 - z_k) w_k`. `D_k` is a sum of terms that are not negative. The cost is O(T)
-    for all T classes. `S` counts as at least exp(-80) of the largest weight. In float32, the gradient with respect to a mask logit above 16 loses its
-    digits. It is then below 1.2e-7 of the gradient of the result.
+    for all T classes. `S` counts as at least exp(-80) of the largest weight. In float32, the
+    gradient with respect to a mask logit above 16 loses its digits. It is then below 1.2e-7 of the
+    gradient of the result.
 
     Args:
         logits: Float tensor, shape `(..., T)`.
