@@ -30,12 +30,27 @@ def scalar(value, dtype) -> tf.Tensor:
     return tf.cast(tf.convert_to_tensor(value, dtype_hint=dtype), dtype)
 
 
-def less_maximum(logits: tf.Tensor) -> tf.Tensor:
-    """Logits minus their maximum, no less than `-LIMIT`.
+def minus(x: tf.Tensor) -> tf.Tensor:
+    """`-x`, for the argument of another elementwise function.
 
-    The softmax stays the same, and large logits do not swallow what is added to them.
+    TensorFlow fuses `exp(-x)` and the like into one operation, which is slow for tensors of about
+    10,000 entries. It does not fuse a product.
     """
-    return tf.maximum(logits - tf.reduce_max(logits, axis=-1, keepdims=True), -LIMIT)
+    return -1.0 * x
+
+
+def relative_to_maximum(logits: tf.Tensor) -> tf.Tensor:
+    """Logits minus the maximum of their row.
+
+    The softmax stays the same, and large logits do not swallow what is added to them. The
+    difference of two finite logits may be minus infinity.
+    """
+    return logits - tf.reduce_max(logits, axis=-1, keepdims=True)
+
+
+def less_maximum(logits: tf.Tensor) -> tf.Tensor:
+    """`relative_to_maximum`, no less than `-LIMIT`."""
+    return tf.maximum(relative_to_maximum(logits), -LIMIT)
 
 
 def log_sigmoid(x) -> tf.Tensor:
@@ -45,14 +60,14 @@ def log_sigmoid(x) -> tf.Tensor:
 
 @traced_once
 def _log_sigmoid(x):
-    return plus_log_sigmoid(0, x), lambda upstream: upstream * tf.sigmoid(-x)
+    value = tf.maximum(tf.minimum(x, 0), -LIMIT) + log_larger(x)
+    return value, lambda upstream: upstream * tf.sigmoid(minus(x))
 
 
-def plus_log_sigmoid(start, x):
-    """`start + log(sigmoid(x))`, no less than `-LIMIT`. `start` is at most 0."""
+def log_larger(x: tf.Tensor) -> tf.Tensor:
+    """`log(sigmoid(|x|))`. Plus `min(x, 0)` this is `log(sigmoid(x))`."""
     # Not `log1p`, which ONNX lacks. The difference is below the rounding of the sum.
-    log_larger = -tf.math.log(1 + tf.exp(-tf.abs(x)))
-    return tf.maximum(start + tf.minimum(x, 0), -LIMIT) + log_larger
+    return minus(tf.math.log(1 + tf.exp(minus(tf.abs(x)))))
 
 
 def tiny(x: tf.Tensor) -> tf.Tensor:

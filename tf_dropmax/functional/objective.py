@@ -11,13 +11,19 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tf_dropmax.functional.kernels import traced_once
-from tf_dropmax.functional.numerics import LIMIT, broadcast, scalar, to_float
+from tf_dropmax.functional.numerics import (
+    LIMIT,
+    broadcast,
+    minus,
+    relative_to_maximum,
+    scalar,
+    to_float,
+)
 
-# Without XLA every operation is a pass over memory, so the kernels of this file have few of them.
+# Without XLA every operation is a pass over memory, so these kernels use few operations.
 
-# `dy * y * (1 - y)` in one operation. The order of its products does not overflow.
-_times_sigmoid_slope = tf.raw_ops.SigmoidGrad
-# The kept weights of a row sum to at least this, about exp(-80), relative to the largest weight.
+# This times the largest weight, about exp(-80), is added to the sum of the kept weights. The
+# gradient takes it as a constant.
 _LEAST_KEPT = 2.0**-115
 # Sums over classes of retain and auxiliary logits, times a weight, must stay finite.
 _SUMMED_LIMIT = 1e28
@@ -43,26 +49,30 @@ def mask_entropy(retain_logits: Any) -> tf.Tensor:
 @traced_once
 def _mask_entropy(retain_logits):
     def gradient(upstream):
-        slope = _times_sigmoid_slope(y=tf.sigmoid(-retain_logits), dy=retain_logits)
-        return -upstream * slope
+        return -upstream * _scaled_slope(retain_logits, tf.sigmoid(minus(retain_logits)))
 
-    return _Sides.of(retain_logits).entropy, gradient
+    return _Mask.of(retain_logits).entropy, gradient
 
 
-class _Sides(NamedTuple):
-    """A mask with the logit `x`, seen from its more probable and its less probable value."""
+class _Mask(NamedTuple):
+    """Functions of the logit `x` of a mask. Of its two values, 0 and 1, one is more probable."""
 
     magnitude: tf.Tensor  # |x|
-    less: tf.Tensor  # probability of the less probable value, at most 1/2
-    log_more: tf.Tensor  # log-probability of the more probable value
+    smaller: tf.Tensor  # the smaller one of the two probabilities
+    log_larger: tf.Tensor  # the logarithm of the larger one
     entropy: tf.Tensor
 
     @classmethod
     def of(cls, x):
         magnitude = tf.abs(x)
-        less = tf.sigmoid(-magnitude)
-        log_more = tf.math.log1p(-less)
-        return cls(magnitude, less, log_more, entropy=magnitude * less - log_more)
+        smaller = tf.sigmoid(minus(magnitude))
+        log_larger = tf.math.log1p(minus(smaller))
+        return cls(magnitude, smaller, log_larger, entropy=magnitude * smaller - log_larger)
+
+
+def _scaled_slope(factor, probability):
+    """`factor * p * (1 - p)` in one operation. It does not overflow: `p` is in [0, 1]."""
+    return tf.raw_ops.SigmoidGrad(y=probability, dy=factor)
 
 
 def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
@@ -70,9 +80,9 @@ def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
 
     With `w = exp(o)` and `S = sum_t z_t w_t` over all masks, the result is `o_k - log D_k`, where
     `D_k = S + (1 - z_k) w_k`. `D_k` is a sum of terms that are not negative. The cost is O(T)
-    for all T classes. `S` counts as at least exp(-80) of the largest weight. In float32, the
-    gradient with respect to a mask logit above 16 loses its digits. It is then below 1.2e-7 of the
-    gradient of the result.
+    for all T classes. About exp(-80) times the largest weight is added to `S`, so that it is never
+    0. In float32, the gradient with respect to a mask logit above 16 loses its digits. It is then
+    below 1.2e-7 of the gradient of the result.
 
     Args:
         logits: Float tensor, shape `(..., T)`.
@@ -102,7 +112,7 @@ class _Likelihood(NamedTuple):
 
 
 def _likelihood(logits, mask_logits):
-    relative = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
+    relative = relative_to_maximum(logits)
     weights = tf.exp(relative)
     masks = tf.sigmoid(mask_logits)
     kept = weights * masks  # z w
@@ -111,11 +121,14 @@ def _likelihood(logits, mask_logits):
     log_denominator = tf.math.log(weights - kept + total)
 
     def gradient(upstream):
-        # The denominator is computed again, so that fewer tensors wait for this function.
-        pull = upstream / (weights - weights * masks + total)
-        change = weights * (pull - tf.reduce_sum(pull, axis=-1, keepdims=True))
-        by_logits = upstream - weights * pull + masks * change
-        return by_logits, _times_sigmoid_slope(y=masks, dy=change)
+        # Computed again, so that fewer tensors wait for this function. No factor exceeds 1.
+        kept = weights * masks
+        pull = upstream * (total / (weights - kept + total))  # total / D = 1 - (1 - z) w / D
+        pulls = tf.reduce_sum(pull, axis=-1, keepdims=True)
+        share = kept / total
+        by_logits = pull - share * pulls
+        pull, delayed = _after([by_logits], pull, masks)
+        return by_logits, (pull - pulls) * share * (1 - delayed)
 
     return _Likelihood(relative, log_denominator, gradient)
 
@@ -168,22 +181,27 @@ def prior_scores_and_entropy(
 def _prior(logits, retain_logits, mask_logits, weight):
     likelihood = _likelihood(logits, mask_logits)
     linear = _linear_part(likelihood, retain_logits)
-    retain = _Sides.of(*_after([linear], retain_logits))
-    scores = linear + retain.log_more - weight * retain.entropy
+    (delayed,) = _after([linear], retain_logits)
+    retain = _Mask.of(delayed)
+    entropy = tf.reduce_sum(retain.entropy, axis=-1)
+    (delayed,) = _after([entropy], retain.entropy)
+    scores = linear + retain.log_larger - weight * delayed
 
     def gradient(by_scores, by_entropy):
         by_logits, by_masks = likelihood.gradient(by_scores)
-        drop = tf.sigmoid(-_after([by_logits, by_masks], retain_logits)[0])
+        delayed, by_scores = _after([by_logits, by_masks], retain_logits, by_scores)
+        drop = tf.sigmoid(minus(delayed))
         by_entropies = by_entropy[..., tf.newaxis] - weight * by_scores
-        by_retain = by_scores * drop - by_entropies * _times_sigmoid_slope(y=drop, dy=retain_logits)
+        by_retain = by_scores * drop - by_entropies * _scaled_slope(retain_logits, drop)
+        # The matrix products that follow need memory. They wait until this function is done.
         by_logits, by_masks = _after([by_retain], by_logits, by_masks)
         return by_logits, by_retain, by_masks, None
 
-    return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
+    return (scores, entropy), gradient
 
 
 def _linear_part(likelihood, retain_logits):
-    """`o_k - log D_k + min(r_k, 0)`. With `log_more` this is `log rho_k + o_k - log D_k`."""
+    """`o_k - log D_k + min(r_k, 0)`. Plus `log_larger` this is `log rho_k + o_k - log D_k`."""
     linear = tf.maximum(likelihood.relative + tf.minimum(retain_logits, 0), -LIMIT)
     return linear - likelihood.log_denominator
 
@@ -254,39 +272,36 @@ def label_scores_and_entropy(
 
 @traced_once
 def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
-    retain_logits, auxiliary_logits = (
+    r, a = (
         tf.clip_by_value(x, -_SUMMED_LIMIT, _SUMMED_LIMIT)
         for x in (retain_logits, auxiliary_logits)
     )
-    posterior_logits = retain_logits + auxiliary_logits
     likelihood = _likelihood(logits, mask_logits)
-    target = _linear_part(likelihood, retain_logits) + weight * auxiliary_logits
-    retain = _Sides.of(*_after([target], retain_logits))
-    posterior = _Sides.of(*_after([retain.entropy], posterior_logits))
+    target = _linear_part(likelihood, r) + weight * a
+    retain = _Mask.of(*_after([target], r))
+    posterior = _Mask.of(*_after([retain.entropy], r + a))
     # KL(q || rho) is the cross entropy of q and rho minus the entropy of q. The cross entropy is
-    # `|r| * against - log_more`, where `against` is the probability under q of the value that is
-    # less probable under rho.
-    same = retain_logits * posterior_logits >= 0
-    against = tf.where(same, posterior.less, 1 - posterior.less)
-    divergence = retain.magnitude * against - retain.log_more - posterior.entropy
+    # `|r| * unlikely - log_larger`, where `unlikely` is the probability under q of the value that
+    # is less probable under rho.
+    same_side = r * (r + a) >= 0
+    unlikely = tf.where(same_side, posterior.smaller, 1 - posterior.smaller)
+    divergence = retain.magnitude * unlikely - retain.log_larger - posterior.entropy
     # What a target has in place of its term in the sum over all classes.
-    target += retain.log_more + divergence
-    log_not = _Sides.of(*_after([target], auxiliary_logits)).log_more
-    log_not -= tf.maximum(auxiliary_logits, 0)
+    target += retain.log_larger + divergence
+    log_not = _Mask.of(*_after([target], a)).log_larger - tf.maximum(a, 0)
     scores = target + tf.reduce_sum(weight * log_not - divergence, axis=-1, keepdims=True)
 
     def gradient(by_scores, by_entropy):
         by_logits, by_masks = likelihood.gradient(by_scores)
+        *delayed, by_scores = _after([by_logits, by_masks], r, r + a, by_scores)
+        retain_drop, drop = (tf.sigmoid(minus(x)) for x in delayed)
         total = tf.reduce_sum(by_scores, axis=-1, keepdims=True)
         by_divergence = by_scores - total
-        late = _after([by_logits, by_masks], retain_logits, posterior_logits)
-        retain_drop, drop = (tf.sigmoid(-x) for x in late)
         by_retain = by_divergence * drop + total * retain_drop
-        slope = _times_sigmoid_slope(y=retain_drop, dy=retain_logits)
-        by_retain -= by_entropy[..., tf.newaxis] * slope
-        slope = _times_sigmoid_slope(y=drop, dy=auxiliary_logits)
-        by_auxiliary = by_divergence * (weight + slope)
-        by_auxiliary += (weight * total) * tf.sigmoid(-auxiliary_logits)
+        by_retain -= by_entropy[..., tf.newaxis] * _scaled_slope(r, retain_drop)
+        by_auxiliary = weight * by_scores - (weight * total) * tf.sigmoid(a)
+        by_auxiliary += by_divergence * _scaled_slope(a, drop)
+        # As in `_prior`.
         by_logits, by_masks = _after([by_retain, by_auxiliary], by_logits, by_masks)
         return by_logits, by_retain, by_auxiliary, by_masks, None
 
@@ -296,7 +311,8 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
 def _after(first, *tensors):
     """The same tensors, but a graph computes nothing from them before the tensors in `first`.
 
-    By itself a graph computes what it can as early as it can, and then holds it in memory.
+    By itself a graph computes what it can as early as it can, and then holds it in memory. The
+    command `speed --parts memory` shows the effect.
     """
     with tf.control_dependencies(first):
         return [tf.identity(tensor) for tensor in tensors]

@@ -11,9 +11,11 @@ import tensorflow as tf
 from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.masks import uniform_draws
 from tf_dropmax.functional.numerics import (
+    LIMIT,
     broadcast,
     clip,
-    plus_log_sigmoid,
+    log_larger,
+    relative_to_maximum,
     rows_with_nan,
     tiny,
     to_float,
@@ -67,8 +69,8 @@ def expected_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:
 
 @traced_once
 def _expected(logits, retain_logits):
-    relative = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
-    log_p = tf.nn.log_softmax(plus_log_sigmoid(relative, retain_logits))
+    linear = relative_to_maximum(logits) + tf.minimum(retain_logits, 0)
+    log_p = tf.nn.log_softmax(tf.maximum(linear, -LIMIT) + log_larger(retain_logits))
 
     def gradient(upstream):
         by_logits = upstream - tf.exp(log_p) * tf.reduce_sum(upstream, axis=-1, keepdims=True)

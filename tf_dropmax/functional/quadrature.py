@@ -13,6 +13,7 @@ from tf_dropmax.functional.numerics import (
     clip,
     less_maximum,
     log_sigmoid,
+    minus,
     rows_with_nan,
     tiny,
 )
@@ -146,7 +147,7 @@ def _log_quadrature(logits, retain_logits):
             log_s = bend + tf.gather(positions, index)
             log_s = tf.cond(leaping, lambda: after_leaps(log_s), lambda: log_s)
             y = tf.exp(tf.minimum(log_s + relative, 5.0))  # exp(-exp(5)) is 0 already.
-            decay = tf.exp(-1.0 * y)  # For `-y`, TensorFlow takes a kernel that is slow here.
+            decay = tf.exp(minus(y))
             loss = tf.tanh(0.5 * y) * (1 + decay)  # 1 - exp(-y)
             phi = tf.maximum(drop + retain * decay, smallest)
             # Near 1, phi has lost digits that matter in a sum over many classes. There

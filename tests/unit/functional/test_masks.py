@@ -28,6 +28,11 @@ def test_uniform_is_open_reproducible_and_well_distributed(dtype):
         assert stats.kstest(np.ravel(sample)[:100_000], "uniform").pvalue > 1e-6
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 0), (3,), (2, 1, 4)])
+def test_uniform_draws_of_any_shape(shape):
+    assert functional.uniform_draws(shape, (1, 2)).shape == shape
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.7])
 def test_masks_are_distributed_as_relaxed_bernoulli(temperature):
     """Kolmogorov-Smirnov on 20,000 draws. A right sampler fails with one seed in 10^5."""

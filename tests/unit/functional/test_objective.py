@@ -100,7 +100,7 @@ def test_scores_have_second_derivatives(case, value, count):
 
 
 def test_small_entropies_and_divergences_keep_their_digits(rng):
-    """In float32, with retain probabilities close to 1."""
+    """In float32 as in float64, with retain probabilities close to 1."""
     r = rng.uniform(2, 60, size=(50, 4)).astype("float32")
     shift = rng.uniform(-4, 4, size=(50, 4)).astype("float32")
 
@@ -115,8 +115,64 @@ def test_small_entropies_and_divergences_keep_their_digits(rng):
     exact = divergence("float64")
     assert exact.max() > 0.1
     np.testing.assert_allclose(divergence("float32"), exact, rtol=3e-6, atol=5e-7)
-    entropies = (functional.mask_entropy(r.astype(dtype)) for dtype in ("float32", "float64"))
-    np.testing.assert_allclose(*entropies, rtol=3e-6)
+    for x in (r, -r):
+        entropies = (functional.mask_entropy(x.astype(dtype)) for dtype in ("float32", "float64"))
+        np.testing.assert_allclose(*entropies, rtol=1e-6)
+
+
+def test_the_auxiliary_gradient_keeps_its_digits():
+    """Classes that the auxiliary classifier excludes have a small gradient, not none."""
+    auxiliary = tf.constant([[0.0, -10.0, -14.0, -20.0, -30.0]])
+    others = [tf.fill((1, 5), x) for x in (0.0, -30.0, 9.0)]
+    with tf.GradientTape() as tape:
+        tape.watch(auxiliary)
+        scores, _ = functional.label_scores_and_entropy(*others[:2], auxiliary, others[2], 0.5)
+        loss = -scores[0, 0]
+    gradient = tape.gradient(loss, auxiliary)[0, 1:]
+    np.testing.assert_allclose(gradient, 0.5 * tf.sigmoid(auxiliary[0, 1:]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [10.0, 30.0, 50.0, 65.0])
+def test_a_dropped_maximum_hides_no_other_class(rng, gap):
+    """The kept classes are far below the largest logit, whose mask is 0."""
+    logits = rng.normal(size=(20, 6))
+    logits[:, 0] = logits[:, 1:].max(-1) + gap
+    kept = tf.constant([[-2000.0, 2000.0, 2000.0, 2000.0, 0.5, -1.0]])
+    likelihood, (by_logits, _) = value_and_gradients(
+        lambda o, m: functional.target_log_likelihood(o, m)[:, 1:],
+        logits.astype("float32"),
+        np.repeat(kept, 20, 0).astype("float32"),
+    )
+    masks = 1 / (1 + np.exp(-kept.numpy().astype("float64")[:, 1:]))
+    weights = np.exp(logits[:, 1:].astype("float32").astype("float64"))
+    total = (masks * weights).sum(-1, keepdims=True)
+    expected = np.log(weights / (total + (1 - masks) * weights))
+    np.testing.assert_allclose(likelihood, expected, atol=2e-4)
+    np.testing.assert_allclose(by_logits[:, 0], 0, atol=1e-4)
+    np.testing.assert_allclose(by_logits.sum(-1), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [4, 10_000])
+@pytest.mark.parametrize("upstream", [1.0, 2.0**15, 2.0**24, 1e10])
+def test_large_gradients_of_the_loss_stay_finite(classes, upstream):
+    """A loss scale or a sample weight multiplies what the scores get back."""
+    logits = np.zeros((2, classes), "float32")
+    logits[:, 0] = 100
+    masks = np.full((2, classes), 1e4, "float32")
+    masks[0], masks[1, 0] = -1e4, -1e4
+    prior = tf.zeros((2, classes))
+
+    def total(o, m):
+        scores = (
+            functional.target_log_likelihood(o, m),
+            functional.prior_scores_and_entropy(o, prior, m)[0],
+            functional.label_scores_and_entropy(o, prior, prior, m)[0],
+        )
+        return upstream * tf.stack(scores)
+
+    _, gradients = value_and_gradients(total, logits, masks)
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("traced", [False, True])
