@@ -64,6 +64,11 @@ def _log_sigmoid(x):
     return value, lambda upstream: upstream * tf.sigmoid(minus(x))
 
 
+def linear_part(start: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """`start + min(x, 0)`, no less than `-LIMIT`. `start` is at most 0."""
+    return tf.maximum(start + tf.minimum(x, 0), -LIMIT)
+
+
 def log_larger(x: tf.Tensor) -> tf.Tensor:
     """`log(sigmoid(|x|))`. Plus `min(x, 0)` this is `log(sigmoid(x))`."""
     # Not `log1p`, which ONNX lacks. The difference is below the rounding of the sum.

@@ -14,6 +14,7 @@ from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.numerics import (
     LIMIT,
     broadcast,
+    linear_part,
     minus,
     relative_to_maximum,
     scalar,
@@ -180,9 +181,9 @@ def prior_scores_and_entropy(
 @traced_once
 def _prior(logits, retain_logits, mask_logits, weight):
     likelihood = _likelihood(logits, mask_logits)
-    linear = _linear_part(likelihood, retain_logits)
-    (delayed,) = _after([linear], retain_logits)
-    retain = _Mask.of(delayed)
+    # Plus `retain.log_larger` this is log rho_k + o_k - log D_k.
+    linear = linear_part(likelihood.relative, retain_logits) - likelihood.log_denominator
+    retain = _Mask.of(*_after([linear], retain_logits))
     entropy = tf.reduce_sum(retain.entropy, axis=-1)
     (delayed,) = _after([entropy], retain.entropy)
     scores = linear + retain.log_larger - weight * delayed
@@ -198,12 +199,6 @@ def _prior(logits, retain_logits, mask_logits, weight):
         return by_logits, by_retain, by_masks, None
 
     return (scores, entropy), gradient
-
-
-def _linear_part(likelihood, retain_logits):
-    """`o_k - log D_k + min(r_k, 0)`. Plus `log_larger` this is `log rho_k + o_k - log D_k`."""
-    linear = tf.maximum(likelihood.relative + tf.minimum(retain_logits, 0), -LIMIT)
-    return linear - likelihood.log_denominator
 
 
 def posterior_logits(retain_logits: Any, auxiliary_logits: Any) -> tf.Tensor:
@@ -277,7 +272,7 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
         for x in (retain_logits, auxiliary_logits)
     )
     likelihood = _likelihood(logits, mask_logits)
-    target = _linear_part(likelihood, r) + weight * a
+    target = linear_part(likelihood.relative, r) - likelihood.log_denominator + weight * a
     retain = _Mask.of(*_after([target], r))
     posterior = _Mask.of(*_after([retain.entropy], r + a))
     # KL(q || rho) is the cross entropy of q and rho minus the entropy of q. The cross entropy is

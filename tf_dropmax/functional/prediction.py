@@ -11,10 +11,11 @@ import tensorflow as tf
 from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.masks import uniform_draws
 from tf_dropmax.functional.numerics import (
-    LIMIT,
     broadcast,
     clip,
+    linear_part,
     log_larger,
+    minus,
     relative_to_maximum,
     rows_with_nan,
     tiny,
@@ -69,12 +70,12 @@ def expected_log_probabilities(logits: Any, retain_logits: Any) -> tf.Tensor:
 
 @traced_once
 def _expected(logits, retain_logits):
-    linear = relative_to_maximum(logits) + tf.minimum(retain_logits, 0)
-    log_p = tf.nn.log_softmax(tf.maximum(linear, -LIMIT) + log_larger(retain_logits))
+    linear = linear_part(relative_to_maximum(logits), retain_logits)
+    log_p = tf.nn.log_softmax(linear + log_larger(retain_logits))
 
     def gradient(upstream):
         by_logits = upstream - tf.exp(log_p) * tf.reduce_sum(upstream, axis=-1, keepdims=True)
-        return by_logits, by_logits * tf.sigmoid(-retain_logits)
+        return by_logits, by_logits * tf.sigmoid(minus(retain_logits))
 
     return log_p, gradient
 

@@ -12,6 +12,7 @@ from tf_dropmax.functional.numerics import (
     broadcast,
     clip,
     less_maximum,
+    log_larger,
     log_sigmoid,
     minus,
     rows_with_nan,
@@ -101,7 +102,7 @@ def _lower_bound(logits, retain_logits):
     kept = log_sigmoid(retain_logits) + target_log_likelihood(logits, retain_logits)
     none = tf.reduce_sum(log_sigmoid(-retain_logits), axis=-1, keepdims=True)
     none = tf.maximum(none, -LIMIT) - tf.math.log(tf.cast(tf.shape(logits)[-1], logits.dtype))
-    return tf.maximum(kept, none) + tf.math.log(1 + tf.exp(-tf.abs(kept - none)))
+    return tf.maximum(kept, none) - log_larger(kept - none)
 
 
 # Not `traced_once`: the converters remove the functions of loops; see `kernels`.
