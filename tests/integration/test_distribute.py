@@ -90,8 +90,8 @@ def test_other_heads_train(strategy, blobs, settings):
     x, y = blobs
     with strategy.scope():
         model = build(**settings)
-    history = model.fit(x, y, batch_size=32, epochs=10, shuffle=False, verbose=0).history
-    assert history["accuracy"][-1] > 0.8
+    model.fit(x, y, batch_size=32, epochs=10, shuffle=False, verbose=0)
+    assert model.evaluate(x, y, verbose=0, return_dict=True)["accuracy"] > 0.9
 
 
 def test_fit_evaluate_predict_in_all_modes(strategy, blobs):

@@ -8,6 +8,8 @@ import tensorflow as tf
 
 from tf_dropmax.functional.numerics import LIMIT, scalar, to_float
 
+_PHILOX = tf.random.Algorithm.PHILOX.value
+
 
 def uniform_draws(shape: Any, seed: Any, dtype: Any = "float32") -> tf.Tensor:
     """Uniform draws from the open interval (0, 1).
@@ -17,7 +19,8 @@ def uniform_draws(shape: Any, seed: Any, dtype: Any = "float32") -> tf.Tensor:
     Args:
         shape: Integer tensor or sequence of integers, the shape of the result.
         seed: Integer tensor or pair of integers, shape `(2,)`. The same seed gives the same
-            draws. XLA on a CPU gives other draws than TensorFlow without XLA.
+            draws, other seeds give unrelated ones. XLA on a CPU gives other draws than TensorFlow
+            without XLA.
         dtype: `"float32"` or `"float64"`. Defaults to `"float32"`.
 
     Returns:
@@ -30,9 +33,13 @@ def uniform_draws(shape: Any, seed: Any, dtype: Any = "float32") -> tf.Tensor:
     (2, 3)
     """
     dtype = tf.as_dtype(dtype)
-    # XLA takes 32-bit seeds only.
-    seed = tf.cast(tf.math.floormod(tf.cast(seed, tf.int64), 2**31 - 1), tf.int32)
-    draws = tf.random.stateless_uniform(shape, seed, dtype=dtype, alg="philox")
+    # The key, and the upper half of a counter. `tf.random.stateless_uniform` would scramble the
+    # seed first. XLA takes longer to compile that than the draws themselves.
+    key, count = tf.unstack(tf.bitcast(tf.cast(seed, tf.int64), tf.uint64))
+    counter = tf.stack([tf.zeros_like(count), count])
+    draws = tf.raw_ops.StatelessRandomUniformV2(
+        shape=shape, key=key[tf.newaxis], counter=counter, alg=_PHILOX, dtype=dtype
+    )
     # The draws are multiples of the spacing, and 0 is one of them. Add half a spacing.
     half = (2.0**-23 if dtype == tf.float32 else 2.0**-52) / 2
     # The term `0 * first` uses the draws a second time. So XLA on a CPU computes them in a loop of

@@ -23,8 +23,7 @@ from tf_dropmax.functional.numerics import (
 )
 
 _DROPPED = -3e38  # Stands for log 0 beside clipped logits, also in float32.
-# Not a multiple of the prime 2**31 - 1, to which `uniform_draws` reduces seeds. So the draws of one
-# call have different seeds.
+# Large, so that the draws of one call and those of a call with a neighbouring seed are different.
 _SAMPLE_STRIDE = 1640531527
 
 

@@ -28,6 +28,15 @@ def test_uniform_is_open_reproducible_and_well_distributed(dtype):
         assert stats.kstest(np.ravel(sample)[:100_000], "uniform").pvalue > 1e-6
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_seeds_have_no_draws_in_common(compiled):
+    """In float64, equal draws would come from overlapping streams, not from chance."""
+    draw = tf.function(functional.uniform_draws, jit_compile=compiled)
+    seeds = [(3, 4), (3, 5), (4, 4), (-3, 4), (3 + 2**32, 4), (3, 4 + 2**32)]
+    samples = [draw((200, 100), tf.constant(seed, tf.int64), "float64") for seed in seeds]
+    assert len(np.unique(samples)) == np.size(samples)
+
+
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 0), (3,), (2, 1, 4)])
 def test_uniform_draws_of_any_shape(shape):
     assert functional.uniform_draws(shape, (1, 2)).shape == shape
