@@ -53,8 +53,7 @@ def at_label(y_true: Any, values: Any, *, name: str) -> tf.Tensor:
     check = _assertion(tf.reduce_all(valid), [message, classes, "Received: values", *received])
     with tf.control_dependencies(check):
         index = tf.where(valid, index, 0)
-        # Not `tf.gather`: on a CPU, its gradient takes ten times as long with 50,000 classes.
-        entries = tf.gather_nd(values, index[..., tf.newaxis], batch_dims=labels.shape.rank)
+        entries = tf.gather(values, index, axis=-1, batch_dims=labels.shape.rank)
     return tf.where(valid, entries, math.nan)
 
 

@@ -30,7 +30,7 @@ EVERYTHING = {**LOSSES, **METRICS, **RETAIN_METRICS}
 @pytest.mark.parametrize(
     "dtype", ["uint8", "int32", "int64", "float16", "float32", "float64", "bool"]
 )
-@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3), (0, 3), (1, 1, 2, 1, 2, 1, 2)])
 def test_label_entries_agree_with_a_loop(rng, dtype, leading):
     values = rng.normal(size=(*leading, T))
     labels = rng.integers(2 if dtype == "bool" else T, size=leading)
@@ -39,6 +39,37 @@ def test_label_entries_agree_with_a_loop(rng, dtype, leading):
         expected[index] = values[(*index, labels[index])]
     for form in (labels, labels[..., np.newaxis], np.eye(T)[labels]):
         np.testing.assert_array_equal(at_label(form.astype(dtype), values, name="test"), expected)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("leading", [(), (0,), (6,), (2, 3)])
+def test_gradients_of_label_entries(rng, leading, jit_compile):
+    labels, upstream = rng.integers(T, size=leading), rng.normal(size=leading)
+
+    @tf.function(jit_compile=jit_compile)
+    def gradient(values):
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            entries = at_label(labels, values, name="test")
+        return tape.gradient(entries, values, upstream)
+
+    expected = upstream[..., np.newaxis] * np.eye(T)[labels]
+    np.testing.assert_array_equal(gradient(tf.constant(rng.normal(size=(*leading, T)))), expected)
+
+
+def test_losses_of_single_examples_can_be_vectorized(rng):
+    labels, values = tf.constant([1, 3]), tf.constant(rng.normal(size=(2, T)))
+    loss = tf_dropmax.DropMaxLoss(reduction=None, dtype="float64")
+
+    def gradient(example):
+        label, row = example
+        with tf.GradientTape() as tape:
+            tape.watch(row)
+            value = loss.call(label, row)
+        return tape.gradient(value, row)
+
+    gradients = tf.vectorized_map(gradient, (labels, values), fallback_to_while_loop=False)
+    np.testing.assert_array_equal(gradients, -np.eye(T)[[1, 3]])
 
 
 def test_soft_labels_weigh_the_entries(rng):

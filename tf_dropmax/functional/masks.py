@@ -19,8 +19,8 @@ def uniform_draws(shape: Any, seed: Any, dtype: Any = "float32") -> tf.Tensor:
     Args:
         shape: Integer tensor or sequence of integers, the shape of the result.
         seed: Integer tensor or pair of integers, shape `(2,)`. The same seed gives the same
-            draws, other seeds give unrelated ones. XLA on a CPU gives other draws than TensorFlow
-            without XLA.
+            draws, other seeds give unrelated ones. XLA gives other draws than TensorFlow without
+            XLA.
         dtype: `"float32"` or `"float64"`. Defaults to `"float32"`.
 
     Returns:
@@ -34,11 +34,12 @@ def uniform_draws(shape: Any, seed: Any, dtype: Any = "float32") -> tf.Tensor:
     """
     dtype = tf.as_dtype(dtype)
     # The key, and the upper half of a counter. `tf.random.stateless_uniform` would scramble the
-    # seed first. XLA takes longer to compile that than the draws themselves.
-    key, count = tf.unstack(tf.bitcast(tf.cast(seed, tf.int64), tf.uint64))
-    counter = tf.stack([tf.zeros_like(count), count])
+    # seed first, which about doubles the time that XLA takes to compile the draws.
+    seed = tf.bitcast(tf.cast(seed, tf.int64), tf.uint64)
+    key, step = seed[:1], seed[1:]
+    counter = tf.concat([tf.zeros_like(step), step], axis=0)
     draws = tf.raw_ops.StatelessRandomUniformV2(
-        shape=shape, key=key[tf.newaxis], counter=counter, alg=_PHILOX, dtype=dtype
+        shape=shape, key=key, counter=counter, alg=_PHILOX, dtype=dtype
     )
     # The draws are multiples of the spacing, and 0 is one of them. Add half a spacing.
     half = (2.0**-23 if dtype == tf.float32 else 2.0**-52) / 2

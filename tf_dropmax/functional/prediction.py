@@ -24,7 +24,7 @@ from tf_dropmax.functional.numerics import (
 
 _DROPPED = -3e38  # Stands for log 0 beside clipped logits, also in float32.
 # Large, so that the draws of one call and those of a call with a neighbouring seed are different.
-_SAMPLE_STRIDE = 1640531527
+_SAMPLE_STRIDE = 1103515245
 
 
 def softmax_log_probabilities(logits: Any) -> tf.Tensor:

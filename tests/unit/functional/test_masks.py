@@ -6,6 +6,7 @@ from predictions import DTYPES
 from scipy import stats
 
 from tf_dropmax import functional
+from tf_dropmax.functional import prediction
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -32,7 +33,8 @@ def test_uniform_is_open_reproducible_and_well_distributed(dtype):
 def test_seeds_have_no_draws_in_common(compiled):
     """In float64, equal draws would come from overlapping streams, not from chance."""
     draw = tf.function(functional.uniform_draws, jit_compile=compiled)
-    seeds = [(3, 4), (3, 5), (4, 4), (-3, 4), (3 + 2**32, 4), (3, 4 + 2**32)]
+    keys = [3, 4, -3, 3 + 2**31 - 1, 3 + 2**32, 3 + prediction._SAMPLE_STRIDE]
+    seeds = [*((key, 4) for key in keys), (3, 5), (3, 4 + 2**31 - 1), (3, 4 + 2**32)]
     samples = [draw((200, 100), tf.constant(seed, tf.int64), "float64") for seed in seeds]
     assert len(np.unique(samples)) == np.size(samples)
 
@@ -40,6 +42,15 @@ def test_seeds_have_no_draws_in_common(compiled):
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 0), (3,), (2, 1, 4)])
 def test_uniform_draws_of_any_shape(shape):
     assert functional.uniform_draws(shape, (1, 2)).shape == shape
+
+
+@pytest.mark.parametrize("signature", [None, (None,), (2,)])
+def test_uniform_draws_for_a_seed_of_unknown_shape(signature):
+    draw = tf.function(functional.uniform_draws).get_concrete_function(
+        (2, 3), tf.TensorSpec(signature, tf.int64)
+    )
+    drawn = draw(seed=tf.constant([1, 2], tf.int64))
+    np.testing.assert_array_equal(drawn, functional.uniform_draws((2, 3), (1, 2)))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7])
