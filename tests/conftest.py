@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 # `make test` always tries the same few examples of a property, `make test-long` hundreds of others.
 _SAME = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 settings.register_profile("short", max_examples=25, derandomize=True, database=None, **_SAME)
-settings.register_profile("long", max_examples=200, **_SAME)
+settings.register_profile("long", max_examples=500, **_SAME)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "short")
 settings.load_profile(PROFILE)
 
