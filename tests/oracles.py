@@ -1,8 +1,13 @@
-"""Independent answers by loops and enumeration in float64. They share no code with the library."""
+"""Independent answers in float64. They share no code with the library.
+
+Most are loops and enumeration in numpy. Those that begin with `tf_` are plain formulas for one row,
+which TensorFlow differentiates.
+"""
 
 import itertools
 
 import numpy as np
+import tensorflow as tf
 
 
 def sigmoid(x):
@@ -101,3 +106,34 @@ def central_differences(function, x, step):
         low[index] -= step
         gradient[index] = (function(high) - function(low)) / (2 * step)
     return gradient
+
+
+def tf_mask_entropy(retain_logits):
+    rho = tf.sigmoid(retain_logits)
+    return -rho * tf.math.log(rho) - (1 - rho) * tf.math.log(1 - rho)
+
+
+def tf_target_log_likelihood(logits, mask_logits):
+    """`o_k - log D_k`, where `D_k` is a sum over all classes, with the mask of class k at 1."""
+    weights = tf.exp(logits)
+    kept = weights * tf.sigmoid(mask_logits)
+    return logits - tf.math.log(tf.reduce_sum(kept) - kept + weights)
+
+
+def tf_prior_scores_and_entropy(logits, retain_logits, mask_logits, entropy_weight):
+    entropies = tf_mask_entropy(retain_logits)
+    likelihood = tf_target_log_likelihood(logits, mask_logits)
+    scores = likelihood + tf.math.log_sigmoid(retain_logits) - entropy_weight * entropies
+    return scores, tf.reduce_sum(entropies)
+
+
+def tf_label_scores_and_entropy(logits, retain_logits, auxiliary, mask_logits, auxiliary_weight):
+    """The posterior gives no gradient to the retain logits of the prior."""
+    rho, q = tf.sigmoid(retain_logits), tf.sigmoid(tf.stop_gradient(retain_logits) + auxiliary)
+    divergences = q * tf.math.log(q / rho) + (1 - q) * tf.math.log((1 - q) / (1 - rho))
+    s = tf.sigmoid(auxiliary)
+    others = divergences - auxiliary_weight * tf.math.log(1 - s)
+    target = -tf.math.log(rho) - auxiliary_weight * tf.math.log(s)
+    likelihood = tf_target_log_likelihood(logits, mask_logits)
+    scores = likelihood - (tf.reduce_sum(others) - others + target)
+    return scores, tf.reduce_sum(tf_mask_entropy(retain_logits))

@@ -1,5 +1,7 @@
 """What several tests of the mathematics share."""
 
+from functools import partial
+
 import tensorflow as tf
 
 from tf_dropmax import functional
@@ -8,8 +10,8 @@ DTYPES = ["float32", "float64"]
 PREDICTIONS = {
     "expected": functional.expected_log_probabilities,
     "exact": functional.exact_log_probabilities,
-    "sampled": lambda o, r: functional.sampled_log_probabilities(o, r, samples=7, seed=(1, 2)),
-    "softmax": lambda o, r: functional.softmax_log_probabilities(o),
+    "sampled": partial(functional.sampled_log_probabilities, samples=7, seed=(1, 2)),
+    "softmax": lambda o, r, **kwargs: functional.softmax_log_probabilities(o, **kwargs),
 }
 
 

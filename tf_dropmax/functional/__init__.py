@@ -6,11 +6,9 @@ retain probability of a class is `rho = sigmoid(r)` (4). `T`, the number of clas
 of the last axis.
 
 All functions take any leading shape. They compute in float64 if the logits are float64 and in
-float32 otherwise. Magnitudes beyond 1e37 may count as 1e37, and in `label_scores_and_entropy` those
-beyond 1e28 as 1e28. Results and gradients are finite for every finite input, except mask logits
-that exceed the largest float. A NaN gives NaN. An infinity may give NaN. The paper adds a small
-epsilon to the numerator and to the denominator of the softmax; these functions do not. If a mask
-drops every class, the softmax is uniform.
+float32 otherwise. Results and gradients are finite for inputs of magnitudes up to 1e30. A NaN gives
+NaN. The paper adds a small epsilon to the numerator and to the denominator of the softmax; these
+functions do not. If a mask drops every class, the softmax is uniform.
 
 The functions do not check their arguments. Shapes that do not fit raise TensorFlow's errors, and
 `samples` below 1 gives NaN. `DropMaxHead` checks what it is given.

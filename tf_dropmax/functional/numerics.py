@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import tensorflow as tf
 
 from tf_dropmax.functional.kernels import traced_once
 
-LIMIT = 1e37  # Larger magnitudes are clipped. The sum of three still fits into float32.
+# The functions of this package are finite for finite inputs up to this magnitude.
+LIMIT = 1e30
+LOG_OF_ZERO = -1e6 * LIMIT  # What stands for it beside logits.
+# `keras.metrics.F1Score` and `FBetaScore` skip entries below 1e-9 in absolute value, so no
+# log-probability may be 0. 1 - 2**-24 is the largest float32 below 1. In float64 the bound is the
+# smallest power of two that these metrics do not skip.
+_LARGEST_LOG = {"float32": math.log1p(-(2.0**-24)), "float64": math.log1p(-(2.0**-29))}
 
 
 def to_float(x) -> tf.Tensor:
     """`x` as a float64 tensor if it is float64, as a float32 tensor otherwise."""
     x = tf.convert_to_tensor(x)
     return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
-
-
-def clip(x) -> tf.Tensor:
-    """`x` as a float tensor within the limits. Infinities become NaN."""
-    x = to_float(x)
-    clipped = tf.clip_by_value(x, -LIMIT, LIMIT)
-    return tf.where(tf.math.is_finite(x), clipped, tf.constant(np.nan, x.dtype))
 
 
 def scalar(value, dtype) -> tf.Tensor:
@@ -40,49 +40,53 @@ def minus(x: tf.Tensor) -> tf.Tensor:
 
 
 def relative_to_maximum(logits: tf.Tensor) -> tf.Tensor:
-    """Logits minus the maximum of their row.
+    """Logits minus the maximum of their row, which gets no gradient.
 
-    The softmax stays the same, and large logits do not swallow what is added to them. The
-    difference of two finite logits may be minus infinity.
+    The softmax stays the same, and large logits do not swallow what is added to them.
     """
-    return logits - tf.reduce_max(logits, axis=-1, keepdims=True)
-
-
-def less_maximum(logits: tf.Tensor) -> tf.Tensor:
-    """`relative_to_maximum`, no less than `-LIMIT`."""
-    return tf.maximum(relative_to_maximum(logits), -LIMIT)
-
-
-def log_sigmoid(x) -> tf.Tensor:
-    """`log(sigmoid(x))`, finite for every finite `x` of shape `(..., T)`."""
-    return _log_sigmoid(to_float(x))
+    return logits - tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True))
 
 
 @traced_once
-def _log_sigmoid(x):
-    value = tf.maximum(tf.minimum(x, 0), -LIMIT) + log_larger(x)
-    return value, lambda upstream: upstream * tf.sigmoid(minus(x))
-
-
-def linear_part(start: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """`start + min(x, 0)`, no less than `-LIMIT`. `start` is at most 0."""
-    return tf.maximum(start + tf.minimum(x, 0), -LIMIT)
+def log_sigmoid(x):
+    """`log(sigmoid(x))`, which is finite for every finite `x`, shape `(..., T)`."""
+    return tf.minimum(x, 0) + log_larger(x), lambda upstream: upstream * tf.sigmoid(minus(x))
 
 
 def log_larger(x: tf.Tensor) -> tf.Tensor:
     """`log(sigmoid(|x|))`. Plus `min(x, 0)` this is `log(sigmoid(x))`."""
-    # Not `log1p`, which ONNX lacks. The difference is below the rounding of the sum.
-    return minus(tf.math.log(1 + tf.exp(minus(tf.abs(x)))))
+    return tf.math.log(tf.sigmoid(tf.abs(x)))
+
+
+def log_probabilities(log_weights: tf.Tensor, temperature: float | tf.Tensor = 1.0) -> tf.Tensor:
+    """`log_softmax(log_weights / temperature)`, with which every mode ends.
+
+    No entry is 0, but its gradient is that of `log_softmax`.
+
+    Args:
+        log_weights: Tensor, shape `(..., T)`, for example log-probabilities.
+        temperature: Positive float or scalar tensor. It gets no gradient. Defaults to 1.0.
+
+    Returns:
+        Tensor of shape `(..., T)`.
+    """
+    return _log_probabilities(log_weights, constants=(1 / scalar(temperature, log_weights.dtype),))
+
+
+@traced_once
+def _log_probabilities(log_weights, inverse):
+    log_p = tf.nn.log_softmax(log_weights * inverse)
+
+    def gradient(upstream):
+        total = tf.reduce_sum(upstream, axis=-1, keepdims=True)
+        return (upstream - tf.exp(log_p) * total) * inverse, None
+
+    return tf.minimum(log_p, _LARGEST_LOG[log_p.dtype.name]), gradient
 
 
 def tiny(x: tf.Tensor) -> tf.Tensor:
     """The smallest positive normal number of the dtype of `x`."""
     return tf.constant(np.finfo(x.dtype.as_numpy_dtype).tiny, x.dtype)
-
-
-def rows_with_nan(*arguments: tf.Tensor) -> tf.Tensor:
-    """Whether a row of any argument has a NaN, shape `(..., 1)`."""
-    return tf.reduce_any(tf.math.is_nan(tf.add_n(arguments)), axis=-1, keepdims=True)
 
 
 def broadcast(*arguments: tf.Tensor) -> list[tf.Tensor]:

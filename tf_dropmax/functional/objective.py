@@ -12,9 +12,7 @@ import tensorflow as tf
 
 from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.numerics import (
-    LIMIT,
     broadcast,
-    linear_part,
     minus,
     relative_to_maximum,
     scalar,
@@ -26,8 +24,6 @@ from tf_dropmax.functional.numerics import (
 # This times the largest weight, about exp(-80), is added to the sum of the kept weights. The
 # gradient takes it as a constant.
 _LEAST_KEPT = 2.0**-115
-# Sums over classes of retain and auxiliary logits, times a weight, must stay finite.
-_SUMMED_LIMIT = 1e28
 
 
 def mask_entropy(retain_logits: Any) -> tf.Tensor:
@@ -107,7 +103,7 @@ def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
 class _Likelihood(NamedTuple):
     """The log-likelihood `relative - log_denominator`, and the function of its gradient."""
 
-    relative: tf.Tensor  # o_k - max o. It may overflow to minus infinity.
+    relative: tf.Tensor  # o_k - max o
     log_denominator: tf.Tensor  # log D_k - max o
     gradient: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
@@ -137,8 +133,7 @@ def _likelihood(logits, mask_logits):
 @traced_once
 def _target_kernel(logits, mask_logits):
     likelihood = _likelihood(logits, mask_logits)
-    value = tf.maximum(likelihood.relative, -LIMIT) - likelihood.log_denominator
-    return value, likelihood.gradient
+    return likelihood.relative - likelihood.log_denominator, likelihood.gradient
 
 
 def prior_scores_and_entropy(
@@ -182,7 +177,7 @@ def prior_scores_and_entropy(
 def _prior(logits, retain_logits, mask_logits, weight):
     likelihood = _likelihood(logits, mask_logits)
     # Plus `retain.log_larger` this is log rho_k + o_k - log D_k.
-    linear = linear_part(likelihood.relative, retain_logits) - likelihood.log_denominator
+    linear = likelihood.relative + tf.minimum(retain_logits, 0) - likelihood.log_denominator
     retain = _Mask.of(*_after([linear], retain_logits))
     entropy = tf.reduce_sum(retain.entropy, axis=-1)
     (delayed,) = _after([entropy], retain.entropy)
@@ -267,12 +262,9 @@ def label_scores_and_entropy(
 
 @traced_once
 def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
-    r, a = (
-        tf.clip_by_value(x, -_SUMMED_LIMIT, _SUMMED_LIMIT)
-        for x in (retain_logits, auxiliary_logits)
-    )
+    r, a = retain_logits, auxiliary_logits
     likelihood = _likelihood(logits, mask_logits)
-    target = linear_part(likelihood.relative, r) - likelihood.log_denominator + weight * a
+    target = likelihood.relative + tf.minimum(r, 0) - likelihood.log_denominator + weight * a
     retain = _Mask.of(*_after([target], r))
     posterior = _Mask.of(*_after([retain.entropy], r + a))
     # KL(q || rho) is the cross entropy of q and rho minus the entropy of q. The cross entropy is
@@ -288,14 +280,16 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
 
     def gradient(by_scores, by_entropy):
         by_logits, by_masks = likelihood.gradient(by_scores)
-        *delayed, by_scores = _after([by_logits, by_masks], r, r + a, by_scores)
+        # For second derivatives: `a` as posterior logit, which gives none to r, minus r.
+        shift = a + (tf.stop_gradient(r) - r)
+        *delayed, by_scores = _after([by_logits, by_masks], r, r + shift, by_scores)
         retain_drop, drop = (tf.sigmoid(minus(x)) for x in delayed)
         total = tf.reduce_sum(by_scores, axis=-1, keepdims=True)
         by_divergence = by_scores - total
         by_retain = by_divergence * drop + total * retain_drop
         by_retain -= by_entropy[..., tf.newaxis] * _scaled_slope(r, retain_drop)
         by_auxiliary = weight * by_scores - (weight * total) * tf.sigmoid(a)
-        by_auxiliary += by_divergence * _scaled_slope(a, drop)
+        by_auxiliary += by_divergence * _scaled_slope(shift, drop)
         # As in `_prior`.
         by_logits, by_masks = _after([by_retain, by_auxiliary], by_logits, by_masks)
         return by_logits, by_retain, by_auxiliary, by_masks, None

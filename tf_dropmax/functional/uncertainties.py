@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_dropmax.functional.numerics import broadcast, clip
+from tf_dropmax.functional.numerics import broadcast, to_float
 from tf_dropmax.functional.prediction import means_over_masks
 from tf_dropmax.functional.quadrature import exact_log_probabilities
 
@@ -59,7 +59,7 @@ def uncertainty(
     >>> result.spread.numpy().round(1)
     array([0.5, 0.5], dtype=float32)
     """
-    arguments = broadcast(clip(logits), clip(retain_logits))
+    arguments = broadcast(to_float(logits), to_float(retain_logits))
     logits, retain_logits = (tf.stop_gradient(x) for x in arguments)
     log_mean = exact_log_probabilities(logits, retain_logits)
     mean = tf.exp(log_mean)

@@ -1,5 +1,6 @@
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -62,3 +63,24 @@ def test_many_numbers_of_classes_are_no_reason_for_a_warning(caplog):
     for classes in range(2, 12):
         functional.mask_entropy(np.zeros((2, classes)))
     assert "retracing" not in caplog.text
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_threads_that_use_a_kernel_for_the_first_time(traced):
+    """Each number of classes is new, so that all threads find no trace."""
+
+    def use(name, classes):
+        def gradient(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = FUNCTIONS[name](x, x)
+            return tape.gradient(value, x)
+
+        compute = tf.function(gradient, autograph=False) if traced else gradient
+        return compute(tf.ones((2, classes)))
+
+    with ThreadPoolExecutor(4) as threads:
+        for name in sorted(set(FUNCTIONS) - {"exact", "sampled"}):
+            for classes in range(401, 405):
+                found = list(threads.map(use, [name] * 4, [classes + 10 * traced] * 4))
+                np.testing.assert_array_equal(found, [found[0]] * 4)
