@@ -2,8 +2,7 @@
 
 from tf_dropmax import functional
 from tf_dropmax.baselines import SampledSoftmaxLoss, SparsemaxLoss, sparsemax
-from tf_dropmax.calibration import calibrate
-from tf_dropmax.callbacks import DropMaxMonitor, DropMaxPredict
+from tf_dropmax.calibration import calibrate, set_predict_temperature
 from tf_dropmax.head import DropMaxHead
 from tf_dropmax.losses import DropMaxLoss
 from tf_dropmax.metrics import (
@@ -14,8 +13,8 @@ from tf_dropmax.metrics import (
     RetainedClasses,
     TargetRetainProbability,
 )
-from tf_dropmax.modes import predict_mode, set_predict_mode, set_predict_temperature
-from tf_dropmax.multi_worker_workaround import multi_worker
+from tf_dropmax.modes import DropMaxPredict, predict_mode, set_predict_mode
+from tf_dropmax.monitor import DropMaxMonitor
 
 __version__ = "0.1.0"
 
@@ -34,7 +33,6 @@ __all__ = [
     "TargetRetainProbability",
     "calibrate",
     "functional",
-    "multi_worker",
     "predict_mode",
     "set_predict_mode",
     "set_predict_temperature",

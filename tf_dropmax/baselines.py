@@ -13,7 +13,7 @@ import tensorflow as tf
 from tf_dropmax import functional
 from tf_dropmax.checks import check_number, check_one_of, check_seed
 from tf_dropmax.functional.kernels import traced_once
-from tf_dropmax.functional.numerics import LIMIT, clip, less_maximum
+from tf_dropmax.functional.numerics import LIMIT, relative_to_maximum, to_float
 from tf_dropmax.labels import are_sparse, label_weights
 from tf_dropmax.losses import LabelLoss
 from tf_dropmax.seeds import derived_seed, next_seed
@@ -29,8 +29,7 @@ class SparsemaxLoss(LabelLoss):
     classes, weighted by the label.
 
     Args:
-        ignore_class, label_smoothing, reduction, dtype: As for `DropMaxLoss`.
-        name: String. Defaults to `"sparsemax_loss"`.
+        ignore_class, label_smoothing, reduction, name, dtype: As for `DropMaxLoss`.
 
     Shapes:
         y_pred: `(batch, ..., T)`, logits.
@@ -48,17 +47,6 @@ class SparsemaxLoss(LabelLoss):
     References:
         Martins & Astudillo, From Softmax to Sparsemax, ICML 2016, arXiv:1602.02068.
     """
-
-    def __init__(
-        self,
-        *,
-        ignore_class: int | None = None,
-        label_smoothing: float = 0.0,
-        reduction: str | None = "sum_over_batch_size",
-        name: str | None = "sparsemax_loss",
-        dtype: Any = None,
-    ):
-        super().__init__(ignore_class, label_smoothing, reduction, name, dtype)
 
     def scores(self, y_pred: tf.Tensor) -> tf.Tensor:
         """`sparsemax_scores` of the logits."""
@@ -88,8 +76,7 @@ class SampledSoftmaxLoss(LabelLoss):
             to 1 plus the number of times that the loss has seen the label. Defaults to
             `"uniform"`.
         seed: `None` or int. Seeds the samples. Global seeds are unchanged. Defaults to `None`.
-        ignore_class, label_smoothing, reduction, dtype: As for `DropMaxLoss`.
-        name: String. Defaults to `"sampled_softmax_loss"`.
+        **kwargs: Arguments of `DropMaxLoss`.
 
     Shapes:
         y_pred: `(batch, ..., T)`, logits. T must be known and at least 2.
@@ -117,13 +104,9 @@ class SampledSoftmaxLoss(LabelLoss):
         sampler: str = "uniform",
         *,
         seed: int | None = None,
-        ignore_class: int | None = None,
-        label_smoothing: float = 0.0,
-        reduction: str | None = "sum_over_batch_size",
-        name: str | None = "sampled_softmax_loss",
-        dtype: Any = None,
+        **kwargs: Any,
     ):
-        super().__init__(ignore_class, label_smoothing, reduction, name, dtype)
+        super().__init__(**kwargs)
         self.sample_fraction = check_number(
             "sample_fraction", sample_fraction, "a float in (0, 1)", lambda x: 0 < x < 1
         )
@@ -135,7 +118,7 @@ class SampledSoftmaxLoss(LabelLoss):
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The loss of every example, shape `(...)`."""
         y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
-        classes = y_pred.shape[-1] if y_pred.shape.rank else None
+        classes = y_pred.shape[-1]
         if classes is None or classes < 2:
             raise ValueError(
                 "SampledSoftmaxLoss needs a known number of classes, 2 or more. "
@@ -212,7 +195,7 @@ def sampled_softmax_scores(
         Jean et al., On Using Very Large Target Vocabulary for Neural Machine Translation, 2014,
         arXiv:1412.2007.
     """
-    logits = clip(logits)
+    logits = to_float(logits)
     class_probabilities = tf.convert_to_tensor(class_probabilities, logits.dtype)
     arrival = -tf.math.log(tf.convert_to_tensor(uniform, logits.dtype)) / class_probabilities
     time = tf.sort(arrival)[sample_size]
@@ -239,14 +222,14 @@ def sparsemax(logits: Any) -> tf.Tensor:
     References:
         Martins & Astudillo, From Softmax to Sparsemax, ICML 2016, arXiv:1602.02068.
     """
-    return _sparsemax(clip(logits))
+    return _sparsemax(to_float(logits))
 
 
 @traced_once
 def _sparsemax(logits):
     # Logits more than 1 below the largest have probability 0. With the cut at 2 below, the sums
     # cannot overflow.
-    relative = tf.maximum(less_maximum(logits), -2)
+    relative = tf.maximum(relative_to_maximum(logits), -2)
     ranked = tf.sort(relative, direction="DESCENDING", axis=-1)
     rank = tf.cast(tf.range(1, tf.shape(logits)[-1] + 1), logits.dtype)
     kept = 1 + rank * ranked > tf.cumsum(ranked, axis=-1)
@@ -284,12 +267,12 @@ def sparsemax_scores(logits: Any) -> tf.Tensor:
     References:
         Martins & Astudillo, From Softmax to Sparsemax, ICML 2016, arXiv:1602.02068.
     """
-    return _sparsemax_scores(clip(logits))
+    return _sparsemax_scores(to_float(logits))
 
 
 @traced_once
 def _sparsemax_scores(logits):
-    relative, probabilities = less_maximum(logits), _sparsemax(logits)
+    relative, probabilities = relative_to_maximum(logits), _sparsemax(logits)
     # On the support p = z - tau, so z^2 - tau^2 = p (2 z - p).
     conjugate = probabilities * (2 * tf.maximum(relative, -2) - probabilities) / 2
     scores = relative - tf.reduce_sum(conjugate, axis=-1, keepdims=True) - 0.5

@@ -5,18 +5,52 @@ The number is fitted on held-out data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.checks import check_examples, check_positive_int
+from tf_dropmax.checks import check_number
+from tf_dropmax.head.inference import PREDICT_MODES
 from tf_dropmax.labels import are_sparse, at_label, label_weights
-from tf_dropmax.modes import heads_of, set_predict_temperature
+from tf_dropmax.modes import heads_of
 
 _LARGEST = 100.0  # Temperatures are searched from 1 / 100 to 100.
+
+
+def set_predict_temperature(model: keras.layers.Layer, temperature: float = 1.0) -> None:
+    """Sets the temperature of the log-probabilities in the current mode of a model.
+
+    Log-probabilities are divided by the temperature and normalised again. Training does not use it.
+    Every mode has a temperature of its own. `calibrate` fits it. The temperatures are a weight of
+    the head, `predict_temperatures`, so weights files and checkpoints contain them. Set 1.0 to undo
+    a calibration.
+
+    Args:
+        model: A `keras.Model` or `keras.layers.Layer` that contains, at any depth, a
+            `DropMaxHead`, or is one.
+        temperature: Float in [0.01, 100]. Defaults to 1.0.
+
+    Raises:
+        ValueError: If `temperature` is not as above, or the model has no `DropMaxHead`. The model
+            is then unchanged.
+
+    Example:
+
+    >>> head = tf_dropmax.DropMaxHead(3)
+    >>> tf_dropmax.set_predict_temperature(head, 2.0)
+    >>> head.predict_temperatures.numpy()  # of "expected", "sampled", "exact" and "softmax"
+    array([2., 1., 1., 1.], dtype=float32)
+    """
+    expected = f"a float in [{1 / _LARGEST}, {_LARGEST}]"
+    temperature = check_number(
+        "temperature", temperature, expected, lambda value: 1 / _LARGEST <= value <= _LARGEST
+    )
+    for head in heads_of(model):
+        of_modes = head.predict_temperatures.numpy()
+        of_modes[PREDICT_MODES.index(head.predict_mode)] = temperature
+        head.predict_temperatures.assign(of_modes)
 
 
 def calibrate(
@@ -24,7 +58,7 @@ def calibrate(
     x: Any,
     y: Any = None,
     sample_weight: Any = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> float:
     """Fits the temperature of the log-probabilities in the current mode of a model.
 
@@ -32,31 +66,27 @@ def calibrate(
     evaluations and saved and exported models use it. Training does not. Every mode has its own
     temperature. To fit that of another mode, call this function inside `predict_mode`. The
     predicted classes stay the same, except by rounding if two classes have almost the same
-    probability. On the given predictions, the likelihood never gets worse. To undo the calibration,
+    probability. On the given data, the likelihood never gets worse. To undo the calibration,
     call `set_predict_temperature(model, 1.0)`.
 
     This function does not use Keras masks or the `ignore_class` of the loss. Give the positions
     that they leave out the `sample_weight` 0. The labels of these positions are then ignored.
 
     Use data that the model was not trained on and that you do not test on. Temperature scaling is
-    by Guo et al., On Calibration of Modern Neural Networks, ICML 2017. This function needs scipy:
-    `pip install 'tf_dropmax[calibration]'`.
+    by Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
 
     Args:
         model: A `keras.Model` with one `DropMaxHead` and one output, the log-probabilities of the
             head.
-        x: Inputs as for `model.evaluate`: an array or tensor or a structure of them; or a
-            finite `tf.data.Dataset`, `keras.utils.PyDataset` or generator of batches `(x, y)` or
-            `(x, y, sample_weight)`.
+        x: Data as for `model.evaluate`: arrays or tensors, or a finite `tf.data.Dataset`,
+            `keras.utils.PyDataset` or generator of batches `(x, y)` or `(x, y, sample_weight)`.
         y: Labels of the arrays, as for `DropMaxLoss`: sparse, one-hot or soft. It must be `None`
             if `x` has the labels. Defaults to `None`.
         sample_weight: `None`, or weights of the examples or positions. Defaults to `None`.
-        batch_size: Positive int, number of examples of an array that are predicted at a time.
-            Defaults to 256.
+        batch_size: `None` or positive int, as for `model.evaluate`. Defaults to `None`.
 
     Returns:
-        Float, the best temperature between 0.01 and 100; or 1.0 or the present temperature, if
-        none of those is better.
+        Float, the best temperature between 0.01 and 100.
 
     Raises:
         ValueError: If `model` is not a model with exactly one head and one output, or the output
@@ -65,7 +95,6 @@ def calibrate(
             if a label or weight is negative. The model is then unchanged.
         tf.errors.InvalidArgumentError: If a sparse label is not in [0, T). The model is then
             unchanged.
-        ImportError: If scipy is not installed.
 
     Example:
 
@@ -78,14 +107,28 @@ def calibrate(
     True
     """
     heads = heads_of(model)
-    if len(heads) != 1:
-        raise ValueError(f"Expected a model with one DropMaxHead. Received: {len(heads)} heads")
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Expected a keras.Model. Received: a layer, {model.name!r}")
-    _scipy()  # Before the predictions, which may take long.
-    batches = _predicted(model, heads[0].units, _batches(x, y, sample_weight, batch_size))
-    # The predictions have the present temperature already.
-    temperature = _fitted(list(batches), heads[0].predict_temperature)
+    if len(heads) != 1 or not isinstance(model, keras.Model):
+        raise ValueError(
+            "Expected a keras.Model with one DropMaxHead. Received: "
+            f"{model.name!r} of type {type(model).__name__}, which has {len(heads)}"
+        )
+    of_arrays = y is not None
+    if getattr(getattr(y, "dtype", None), "kind", None) in ("S", "U"):
+        raise ValueError(f"Expected labels that are numbers. Received: y.dtype={y.dtype}")
+    with model.distribute_strategy.scope():
+        predictor = _WithLabels(model, heads[0].units, of_arrays)
+        # XLA has no assertions, and the model may not compile with it.
+        predictor.compile(run_eagerly=model.run_eagerly, jit_compile=False)
+    data = (x, y) if sample_weight is None else (x, y, sample_weight)
+    found = predictor.predict(data if of_arrays else x, batch_size=batch_size, verbose=0)
+    log_p, dense, weights = (np.asarray(each, "float64") for each in found)
+    temperature = _fitted(log_p, dense, weights, heads[0].predict_temperature)
+    sums = np.exp(log_p).sum(axis=-1)
+    if not np.allclose(sums, 1, atol=1e-3):
+        raise ValueError(
+            "Expected a model that returns log-probabilities, of which `exp` sums to 1. "
+            f"Received: sums from {sums.min():.4g} to {sums.max():.4g}"
+        )
     set_predict_temperature(model, temperature)
     return temperature
 
@@ -99,14 +142,13 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
         weights: `None` or array, shape `(N,)`. Defaults to `None`.
 
     Returns:
-        Float. It is 1.0 if no other temperature is better.
+        Float.
 
     Raises:
         ValueError: If the labels do not fit; if there are no examples with a positive weight, or
             all labels are the same class; if a value is not finite; or if a label or weight is
             negative.
         tf.errors.InvalidArgumentError: If a sparse label is not a whole number in [0, T).
-        ImportError: If scipy is not installed.
 
     Example:
 
@@ -115,161 +157,86 @@ def best_temperature(log_probabilities: Any, labels: Any, weights: Any = None) -
     >>> round(best_temperature(logits, [0, 0, 0, 1]), 2)  # three of four are right
     1.82
     """
-    logits = np.asarray(log_probabilities)
-    rows = np.ones(len(logits)) if weights is None else np.asarray(weights)
-    return _fitted([_batch(logits, _dense(labels, logits.astype("float64")), rows)])
+    logits = tf.convert_to_tensor(log_probabilities)
+    weights = tf.ones(logits.shape[:-1]) if weights is None else tf.convert_to_tensor(weights)
+    parts = (logits, _dense(tf.convert_to_tensor(labels), logits, weights), weights)
+    return _fitted(*(np.asarray(part, "float64") for part in parts))
 
 
-class _Batch(NamedTuple):
-    """Predictions of a batch, and the sums over its labels that the likelihood needs.
+class _WithLabels(keras.Model):
+    """Predicts log-probabilities, labels as rows, and weights. Keras adapts the data."""
 
-    Attributes:
-        logits: Array, shape `(N, T)`. Log-probabilities are logits too.
-        target: Sum of the logits over classes, weighted by the label, shape `(N,)`.
-        mass: Sum of the label over classes, shape `(N,)`. It is 1, unless a soft label has
-            another sum.
-        weights: Weights of the rows, shape `(N,)`.
-        seen: Sum of the labels over rows, weighted by `weights`, shape `(T,)`.
-    """
+    def __init__(self, model: keras.Model, units: int, of_arrays: bool):
+        super().__init__()
+        self.inner, self.units, self.of_arrays = model, units, of_arrays
 
-    logits: np.ndarray
-    target: np.ndarray
-    mass: np.ndarray
-    weights: np.ndarray
-    seen: np.ndarray
-
-
-def _batch(logits: np.ndarray, dense: np.ndarray, weights: np.ndarray) -> _Batch:
-    """A batch, after a check that all values are finite, and labels and weights not negative."""
-    weights = weights.astype("float64")
-    _check_finite("log-probabilities", logits)
-    _check_finite("weights", weights)
-    dense = np.where(weights[:, np.newaxis] == 0, 0, dense).astype("float64")
-    _check_finite("labels", dense)
-    smallest = min(dense.min(initial=0), weights.min(initial=0))
-    if smallest < 0:
-        raise ValueError(f"Expected labels and weights >= 0. Received: {smallest}")
-    target = np.sum(dense * logits, axis=-1)
-    return _Batch(logits, target, dense.sum(axis=-1), weights, weights @ dense)
-
-
-def _fitted(batches: Sequence[_Batch], present: float = 1.0) -> float:
-    """The best temperature for predictions that have been divided by `present`."""
-    minimize_scalar, logsumexp = _scipy()
-    if not sum(batch.weights.sum() for batch in batches) > 0:
-        raise ValueError("Expected examples with a positive weight. Received: none")
-    seen = np.flatnonzero(sum(batch.seen for batch in batches))
-    if len(seen) < 2:
-        raise ValueError(f"Expected labels of two classes or more. Received: class {seen} only")
-
-    def loss(log_temperature: float) -> float:
-        scale = present * np.exp(-log_temperature)
-        total = 0.0
-        for logits, target, mass, weights, _ in batches:
-            normaliser = logsumexp(scale * logits.astype("float64"), axis=-1)
-            total += float(weights @ (mass * normaliser - scale * target))
-        return total
-
-    bounds = -np.log(_LARGEST), np.log(_LARGEST)
-    options = {"xatol": 1e-8}
-    best = float(minimize_scalar(loss, bounds=bounds, method="bounded", options=options).x)
-    return min((1.0, present, float(np.exp(best))), key=lambda each: loss(np.log(each)))
-
-
-def _scipy() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    try:
-        from scipy.optimize import minimize_scalar
-        from scipy.special import logsumexp
-    except ImportError as error:
-        message = "Calibration needs scipy: pip install 'tf_dropmax[calibration]'"
-        raise ImportError(message) from error
-    return minimize_scalar, logsumexp
-
-
-def _dense(labels: Any, values: np.ndarray) -> np.ndarray:
-    """Labels as rows, after a check that sparse labels are in [0, T)."""
-    labels, values = tf.convert_to_tensor(labels), tf.constant(values)
-    if are_sparse(labels, values, name="calibrate"):
-        at_label(labels, values, name="calibrate")
-    return label_weights(labels, values, name="calibrate").numpy()
-
-
-def _check_finite(what: str, values: np.ndarray) -> None:
-    wrong = np.size(values) - np.count_nonzero(np.isfinite(values))
-    if wrong:
-        raise ValueError(f"Expected finite {what}. Received: {wrong} that are not")
-
-
-def _batches(x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[Any]:
-    """Batches `(x, y, sample_weight)` of arrays or of an iterable of batches."""
-    infinite = isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
-    if infinite or (isinstance(x, keras.utils.PyDataset) and x.num_batches is None):
-        raise ValueError(
-            f"Expected a finite number of batches. Received: an infinite {type(x).__name__}"
+    def predict_step(self, data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        # `predict` takes labels in a batch of a data set, but has no argument for those of arrays.
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
+            data[0] if self.of_arrays else data
         )
-    if isinstance(x, keras.utils.PyDataset):
-        x = map(x.__getitem__, range(x.num_batches))
-    of_arrays = hasattr(x, "shape") or isinstance(x, list | tuple | dict)
-    if isinstance(x, Iterable) and not of_arrays:
-        if y is not None or sample_weight is not None:
+        log_p = self.inner(x, training=False)
+        if not tf.is_tensor(log_p) or log_p.shape[-1] != self.units:
             raise ValueError(
-                "`y` and `sample_weight` must be `None` if `x` gives batches. "
-                f"Received: x of type {type(x).__name__}"
-            )
-        for batch in x:
-            yield keras.utils.unpack_x_y_sample_weight(batch)
-        return
-    check_positive_int("batch_size", batch_size)
-    if y is None:
-        raise ValueError(
-            "Expected labels `y`, or `x` as a tf.data.Dataset, keras.utils.PyDataset or generator "
-            f"of batches (x, y). Received: x of type {type(x).__name__} and no y"
-        )
-    weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-    check_examples(x, y=y, **weights)
-    y, sample_weight = (None if each is None else np.asarray(each) for each in (y, sample_weight))
-    for start in range(0, len(y), batch_size):
-        rows = slice(start, start + batch_size)
-        inputs = keras.tree.map_structure(lambda part, rows=rows: part[rows], x)
-        yield inputs, y[rows], None if sample_weight is None else sample_weight[rows]
-
-
-def _predicted(model: keras.Model, units: int, batches: Iterable[Any]) -> Iterator[_Batch]:
-    """The predictions of all positions, with what is needed of labels and weights."""
-    for x, y, sample_weight in batches:
-        examples = len(keras.tree.flatten(x)[0])
-        if examples == 0:
-            continue
-        # Under `tf.distribute`, `predict_on_batch` would give the batch once for every replica.
-        log_p = model.predict(x, batch_size=examples, verbose=0)
-        if not isinstance(log_p, np.ndarray) or log_p.shape[-1] != units:
-            raise ValueError(
-                f"Expected a model whose one output has shape (batch, ..., {units}). If the model "
-                "has other outputs, calibrate a `keras.Model` of its inputs and the output of the "
-                f"head. Received: {keras.tree.map_structure(np.shape, log_p)}"
-            )
-        total = np.exp(log_p.astype("float64")).sum(axis=-1)
-        if (np.abs(total - 1) > 1e-3).any():  # NaN passes and is refused later.
-            raise ValueError(
-                "Expected a model that returns log-probabilities, of which `exp` sums to 1. "
-                f"Received: sums from {total.min():.4g} to {total.max():.4g}"
+                f"Expected a model whose one output has shape (batch, ..., {self.units}). If the "
+                "model has other outputs, calibrate a `keras.Model` of its inputs and the output "
+                f"of the head. Received: {log_p!r}"
             )
         if y is None:
-            raise ValueError("Expected batches (x, y). Received: a batch without labels")
-        y = np.asarray(y)
-        weights: np.ndarray = np.asarray(1.0 if sample_weight is None else sample_weight)
-        while weights.ndim >= log_p.ndim and weights.shape[-1] == 1:
-            weights = weights[..., 0]
-        given, positions = np.shape(sample_weight), log_p.shape[:-1]
-        weights = weights.reshape(weights.shape + (1,) * (len(positions) - weights.ndim))
-        try:
-            weights = np.broadcast_to(weights, positions)
-        except ValueError as error:
+            raise ValueError("Expected labels: `y`, or batches (x, y). Received: none")
+        positions = tf.shape(log_p)[:-1]
+        weights = tf.cast(1.0 if sample_weight is None else sample_weight, log_p.dtype)
+        if weights.shape.rank == log_p.shape.rank:
+            weights = tf.squeeze(weights, axis=-1)
+        while 0 < weights.shape.rank < log_p.shape.rank - 1:
+            weights = weights[..., tf.newaxis]
+        weights = tf.broadcast_to(weights, positions)
+        return log_p, _dense(tf.convert_to_tensor(y), log_p, weights), weights
+
+
+def _dense(labels: tf.Tensor, log_p: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Labels as rows, after a check of sparse labels. Labels without weight may be any number."""
+    sparse = are_sparse(labels, log_p, name="calibrate")
+    used = tf.reshape(weights != 0, tf.shape(labels)) if sparse else (weights != 0)[..., tf.newaxis]
+    labels = tf.where(used, labels, tf.zeros_like(labels))
+    if sparse:
+        with tf.control_dependencies([at_label(labels, log_p, name="calibrate")]):
+            labels = tf.identity(labels)
+    return label_weights(labels, log_p, name="calibrate")
+
+
+def _fitted(log_p, dense, weights, present=1.0):
+    """The best temperature for predictions that have been divided by `present`.
+
+    The negative log-likelihood is convex in the inverse of the temperature. A bisection finds where
+    its slope is 0.
+    """
+    for what, values in {"log-probabilities": log_p, "labels": dense, "weights": weights}.items():
+        if not np.isfinite(values).all() or (what != "log-probabilities" and (values < 0).any()):
             raise ValueError(
-                f"Expected a sample weight for each of {positions[0]} examples, or for each "
-                f"position {positions} of the predictions. Received: weights of shape {given}"
-            ) from error
-        if y.size == weights.size:  # Sparse labels: those without weight may be any number.
-            y = np.where(weights.reshape(y.shape) == 0, 0, y)
-        dense = _dense(y, log_p).reshape(-1, units)
-        yield _batch(log_p.reshape(-1, units), dense, weights.reshape(-1))
+                f"Expected finite log-probabilities, and finite labels and weights >= 0. "
+                f"Received: {what} from {values.min()} to {values.max()}"
+            )
+    seen = np.flatnonzero(np.tensordot(weights, dense, weights.ndim))
+    if len(seen) < 2:
+        raise ValueError(
+            "Expected labels of two classes or more with a positive weight. "
+            f"Received: labels of the classes {seen.tolist()}"
+        )
+    target = np.sum(weights * np.sum(dense * log_p, axis=-1))
+    mass = weights * dense.sum(axis=-1)
+
+    def slope(inverse):
+        scaled = inverse * log_p
+        p = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        mean = np.sum(p * log_p, axis=-1) / p.sum(axis=-1)
+        return np.sum(mass * mean) - target
+
+    low, high = np.log(1 / _LARGEST / present), np.log(_LARGEST / present)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if slope(np.exp(-middle)) > 0:  # The inverse is too large, the temperature too small.
+            low = middle
+        else:
+            high = middle
+    return float(np.clip(present * np.exp((low + high) / 2), 1 / _LARGEST, _LARGEST))

@@ -6,7 +6,6 @@ import numbers
 from collections.abc import Callable, Collection
 from typing import Any
 
-import keras
 import numpy as np
 
 
@@ -28,10 +27,18 @@ def check_positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_seed(value: Any) -> int | None:
+def check_seed(value: Any, name: str = "seed") -> int | None:
     if value is not None and not _is_int(value):
-        raise TypeError(f"`seed` must be an int or `None`. Received: seed={value!r}")
+        raise TypeError(f"`{name}` must be an int or `None`. Received: {name}={value!r}")
     return None if value is None else int(value)
+
+
+def check_warmup(value: Any) -> int:
+    if not _is_int(value) or value < 0:
+        raise ValueError(
+            f"`entropy_warmup` must be an int >= 0. Received: entropy_warmup={value!r}"
+        )
+    return int(value)
 
 
 def check_number(name: str, value: Any, expected: str, valid: Callable[[float], bool]) -> float:
@@ -58,25 +65,6 @@ def check_temperature(name: str, value: Any) -> float:
 
 def check_probability(name: str, value: Any) -> float:
     return check_number(name, value, "a float in (0, 1)", lambda x: 0 < x < 1)
-
-
-def check_examples(x: Any, **arrays: Any) -> None:
-    """Checks that the arrays, and those in the structure `x`, have as many examples."""
-    parts = [*keras.tree.flatten(x), *arrays.values()]
-    names = " and ".join(f"`{name}`" for name in ("x", *arrays))
-    for part in parts:
-        if not np.ndim(part):
-            raise ValueError(
-                f"{names} must be arrays or tensors of shape (examples, ...), and `x` may be a "
-                f"structure of them. Received: a part of type {type(part).__name__}. "
-                "Use `np.asarray` on nested lists"
-            )
-    sizes = sorted({len(part) for part in parts})
-    if len(sizes) != 1:
-        raise ValueError(
-            f"{names} must have as many examples. "
-            f"Received: arrays of {' and '.join(map(str, sizes))} examples"
-        )
 
 
 def _is_int(value: Any) -> bool:

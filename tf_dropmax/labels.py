@@ -7,7 +7,6 @@ whether labels fit, the shapes are compared at run time.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import tensorflow as tf
@@ -43,18 +42,14 @@ def at_label(y_true: Any, values: Any, *, name: str) -> tf.Tensor:
     y_true, values = tf.convert_to_tensor(y_true), tf.convert_to_tensor(values)
     if not are_sparse(y_true, values, name=name):
         return tf.reduce_sum(label_weights(y_true, values, name=name) * values, axis=-1)
-    labels = _indices(y_true, values, name)
-    if labels.dtype.is_bool:
-        labels = tf.cast(labels, tf.int32)  # TensorFlow has no minimum of bools.
-    index, classes = tf.cast(labels, tf.int32), tf.shape(values)[-1]
-    valid = (index >= 0) & (index < classes) & tf.equal(tf.cast(index, labels.dtype), labels)
-    message = f"{name}: sparse labels must be whole numbers in [0, T), where T is"
-    received = ["from", tf.reduce_min(labels), "to", tf.reduce_max(labels), "y_true=", labels]
-    check = _assertion(tf.reduce_all(valid), [message, classes, "Received: values", *received])
-    with tf.control_dependencies(check):
-        index = tf.where(valid, index, 0)
-        entries = tf.gather(values, index, axis=-1, batch_dims=labels.shape.rank)
-    return tf.where(valid, entries, math.nan)
+    labels = tf.cast(_indices(y_true, values, name), tf.float64)
+    below = labels < tf.cast(tf.shape(values)[-1], tf.float64)
+    valid = (labels >= 0) & below & tf.equal(labels, tf.floor(labels))
+    index = tf.cast(tf.where(valid, labels, 0), tf.int32)
+    entries = tf.gather(values, index, axis=-1, batch_dims=labels.shape.rank)
+    classes = values.shape[-1] or "T"
+    message = f"{name}: sparse labels must be whole numbers in [0, {classes}). Received: from"
+    return checked(entries, valid, message, tf.reduce_min(labels), "to", tf.reduce_max(labels))
 
 
 def are_sparse(y_true: tf.Tensor, values: tf.Tensor, *, name: str) -> bool:
@@ -80,20 +75,13 @@ def are_sparse(y_true: tf.Tensor, values: tf.Tensor, *, name: str) -> bool:
     """
     labels, predictions = y_true.shape, values.shape
     if labels.rank is not None and predictions.rank:
-        leading = predictions[:-1]
-        column = leading.concatenate([1])
-        if labels.is_compatible_with(leading):
-            return True
-        if labels.is_compatible_with(column) and labels[-1] == 1:
-            return True
-        if labels.is_compatible_with(predictions):
-            return False
+        leading, fits = predictions[:-1], labels.is_compatible_with
+        sparse = fits(leading) or (fits(leading.concatenate([1])) and labels[-1] == 1)
+        if sparse or fits(predictions):
+            return sparse
     received = f"Received: y_true.shape={labels}, y_pred.shape={predictions}"
     if labels.rank is None:
-        received += (
-            ". TensorFlow gives labels of unknown rank if it traces a function again for labels "
-            "of another rank, such as one-hot after sparse. Then call `compile` again"
-        )
+        received += ". If earlier labels were of another rank, call `compile` again"
     raise ValueError(f"{_shape_message(name)} {received}")
 
 
@@ -135,8 +123,8 @@ def _same_shape(labels, values, name):
     if labels.shape.is_fully_defined() and values.shape.is_fully_defined():
         return labels
     shapes = tf.shape(labels), tf.shape(values)
-    message = [_shape_message(name), "Received: y_true.shape=", shapes[0], "needed:", shapes[1]]
-    checks = _assertion(tf.reduce_all(tf.equal(*shapes)), message)
+    received = f"{_shape_message(name)} Received: y_true.shape =", shapes[0], "for", shapes[1]
+    checks = _assertion(tf.reduce_all(tf.equal(*shapes)), received)
     # XLA drops the assertion, but it compares the shapes of summands. These have no elements.
     empty = [tf.cast(x[tf.newaxis][:0], tf.int32) for x in (labels, values)]
     checks.append(tf.add_n(empty, name="labels_must_have_the_shape_of_the_predictions"))
@@ -144,10 +132,41 @@ def _same_shape(labels, values, name):
         return tf.identity(labels)
 
 
+def checked(values: tf.Tensor, valid: tf.Tensor, *message: Any) -> tf.Tensor:
+    """`values`, after a check at run time that all of them are valid.
+
+    Args:
+        values: Float tensor.
+        valid: Bool tensor of the shape of `values`.
+        *message: Strings and tensors that together are the error message.
+
+    Returns:
+        Tensor of the shape of `values`. If XLA compiles, an invalid value becomes NaN and has no
+        gradient.
+
+    Raises:
+        tf.errors.InvalidArgumentError: If a value is not valid. XLA ignores this check.
+
+    Example:
+
+    >>> from tf_dropmax.labels import checked
+    >>> x = tf.constant([1.0, -1.0])
+    >>> checked(x, x > -2, "Every value must exceed -2. Received:", x).numpy().tolist()
+    [1.0, -1.0]
+    """
+    with tf.control_dependencies(_assertion(tf.reduce_all(valid), message)):
+        # Not a constant NaN, which `tf.debugging.enable_check_numerics` would refuse.
+        return tf.where(valid, values, tf.sqrt(tf.cast(valid, values.dtype) - 1))
+
+
 def _assertion(condition, message):
     """A list of the assertion. In eager mode the list is empty: the check is already done."""
-    check = tf.debugging.Assert(condition, message)
-    return [] if check is None else [check]
+    if not tf.executing_eagerly():
+        return [tf.raw_ops.Assert(condition=condition, data=list(message))]
+    if not condition:
+        text = " ".join(str(x.numpy() if tf.is_tensor(x) else x) for x in message)
+        raise tf.errors.InvalidArgumentError(None, None, text)
+    return []
 
 
 def _shape_message(name):

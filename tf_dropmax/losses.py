@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_dropmax.checks import check_number
+from tf_dropmax.checks import check_number, check_seed
 from tf_dropmax.keras_internals import set_mask
-from tf_dropmax.labels import are_sparse, at_label
+from tf_dropmax.labels import are_sparse, at_label, checked
+
+_ROUNDING = 1e-3  # The scores of the head are at most 0, up to rounding. 4e-6 was seen.
 
 
 class LabelLoss(keras.losses.Loss):
-    """Loss that is minus the entry of the label in `scores(y_pred)`.
-
-    Args:
-        ignore_class, label_smoothing, reduction, dtype: As for `DropMaxLoss`.
-        name: String, or `None` for an automatic name. Defaults to `None`.
-    """
+    """Loss that is minus the entry of the label in `scores(y_pred)`. Arguments: `DropMaxLoss`."""
 
     def __init__(
         self,
+        *,
         ignore_class: int | None = None,
         label_smoothing: float = 0.0,
         reduction: str | None = "sum_over_batch_size",
@@ -32,29 +29,22 @@ class LabelLoss(keras.losses.Loss):
         if dtype is None:
             dtype = "float64" if keras.config.floatx() == "float64" else "float32"
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"`dtype` must be 'float32' or 'float64'. Received: dtype={dtype!r}")
-        if ignore_class is not None and (
-            isinstance(ignore_class, bool) or not isinstance(ignore_class, numbers.Integral)
-        ):
-            raise ValueError(
-                f"`ignore_class` must be an int or `None`. Received: ignore_class={ignore_class!r}"
-            )
-        self.ignore_class = None if ignore_class is None else int(ignore_class)
+        self.ignore_class = check_seed(ignore_class, "ignore_class")
         self.label_smoothing = check_number(
             "label_smoothing", label_smoothing, "a float in [0, 1)", lambda x: 0 <= x < 1
         )
 
     def scores(self, y_pred: tf.Tensor) -> tf.Tensor:
-        """The scores of the classes, in the shape of `y_pred`."""
-        raise NotImplementedError
+        """The scores of the classes, in the shape of `y_pred`. Here they are `y_pred`."""
+        return y_pred
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The loss of every example, shape `(...)`."""
-        y_true, scores = tf.convert_to_tensor(y_true), self.scores(tf.convert_to_tensor(y_pred))
+        y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
+        sparse, scores = are_sparse(y_true, y_pred, name=type(self).__name__), self.scores(y_pred)
         if self.ignore_class is None:
             return self._loss(y_true, scores)
-        if not are_sparse(y_true, scores, name=type(self).__name__):
+        if not sparse:
             raise ValueError(
                 f"`ignore_class` needs sparse labels. Received: y_true.shape={y_true.shape}"
             )
@@ -94,8 +84,8 @@ class DropMaxLoss(LabelLoss):
     At inference the head returns log-probabilities, and this loss is the negative log-likelihood
     in nats, if there is no `label_smoothing`. `evaluate` and `val_loss` report it.
 
-    Use this loss only with `DropMaxHead`. With a `Dense` layer it raises no error, but training can
-    lower it without limit.
+    Use this loss only with `DropMaxHead`, whose outputs are at most 0. With positive logits or
+    probabilities it raises an error, because training could lower it without limit.
 
     Args:
         ignore_class: `None` or int. Examples with this sparse label are ignored. The mean is over
@@ -106,11 +96,10 @@ class DropMaxLoss(LabelLoss):
             weight `label_smoothing` is spread evenly over all classes. Defaults to 0.0.
         reduction: As for every Keras loss. It does not apply to the entropy term of the head,
             which is always a mean over the batch. Defaults to `"sum_over_batch_size"`.
-        name: String. Defaults to `"dropmax_loss"`.
-        dtype: `None`, `"float32"` or `"float64"`. Keras casts labels to this dtype. If you pass
-            a narrower dtype, it is refused, because it would round large class indices. `None` is
-            `keras.config.floatx()` if that is `"float32"` or `"float64"`, and `"float32"`
-            otherwise. Defaults to `None`.
+        name: String, or `None` for an automatic name. Defaults to `None`.
+        dtype: `None`, `"float32"` or `"float64"`. Keras casts labels to this dtype, and a narrower
+            dtype would round large class indices. `None` is `"float64"` if that is
+            `keras.config.floatx()`, and `"float32"` otherwise. Defaults to `None`.
 
     Shapes:
         y_pred: `(batch, ..., T)`.
@@ -119,12 +108,13 @@ class DropMaxLoss(LabelLoss):
             the graph is traced. With an unknown last dimension they are one-hot or soft.
 
     Raises:
-        ValueError: If an argument is not as above, or the static shape of the labels does not fit.
-        tf.errors.InvalidArgumentError: If the shape of the labels does not fit at run time, or a
-            sparse label is not a whole number in [0, T). Labels of masked positions are checked
-            too; use `ignore_class` if a special label marks padding. XLA cannot check the values of
-            labels. With XLA the loss of an invalid label is NaN, and the gradient of the other
-            examples is unaffected.
+        ValueError, TypeError: If an argument is not as above, or the static shape of the labels
+            does not fit.
+        tf.errors.InvalidArgumentError: If the shape of the labels does not fit at run time, a
+            sparse label is not a whole number in [0, T), or `y_pred` is positive at a label. Labels
+            of masked positions are checked too; use `ignore_class` if a special label marks
+            padding. XLA checks only the shape. With XLA the loss of such an example is NaN, and the
+            gradient of the other examples is unaffected.
 
     Example:
 
@@ -134,17 +124,11 @@ class DropMaxLoss(LabelLoss):
     0.6931
     """
 
-    def __init__(
-        self,
-        *,
-        ignore_class: int | None = None,
-        label_smoothing: float = 0.0,
-        reduction: str | None = "sum_over_batch_size",
-        name: str | None = "dropmax_loss",
-        dtype: Any = None,
-    ):
-        super().__init__(ignore_class, label_smoothing, reduction, name, dtype)
-
-    def scores(self, y_pred: tf.Tensor) -> tf.Tensor:
-        """`y_pred` unchanged: the head returns scores."""
-        return y_pred
+    def _loss(self, y_true, scores):
+        loss = super()._loss(y_true, scores)
+        message = (
+            f"{type(self).__name__} needs the output of `DropMaxHead`, which is at most 0. For "
+            "`Dense(units)` use `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`. "
+            "After the head, remove a softmax. Received: `y_pred` at a label ="
+        )
+        return checked(loss, ~(loss < -_ROUNDING), message, -tf.reduce_min(loss))

@@ -1,4 +1,4 @@
-"""The training objective of each variant of the head.
+"""What each variant of the head is trained on.
 
 The loss of an example is minus the score of its label, minus `entropy_weight` times the sum of the
 mask entropies.
@@ -7,7 +7,7 @@ mask entropies.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -35,7 +35,7 @@ def default_auxiliary_weight(units: int) -> float:
 
 
 class TrainingStep(NamedTuple):
-    """What an objective may use.
+    """What a variant may use.
 
     Attributes:
         logits: Tensor, shape `(..., T)`.
@@ -52,16 +52,16 @@ class TrainingStep(NamedTuple):
     auxiliary_weight: tf.Tensor
 
 
-class Objective(Protocol):
-    """What a variant of the head must define."""
+class Variant:
+    """What a variant of the head must define.
 
-    @property
-    def branches(self) -> tuple[str, ...]:
-        """The names of the linear branches that it needs besides the logits."""
+    Attributes:
+        branches: The names of the linear branches that it needs besides the logits.
+        settings: The names of the settings of `TrainingStep` that have an effect.
+    """
 
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """The names of the settings of `TrainingStep` that have an effect."""
+    branches: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor | None]:
         """The scores and the sum of the mask entropies.
@@ -69,13 +69,11 @@ class Objective(Protocol):
         The scores have shape `(..., T)`. Each is computed as if its class were the label. The sum
         has shape `(...)`. It is `None` if there is no entropy term.
         """
+        raise NotImplementedError
 
 
-class RandomMasks:
+class Random(Variant):
     """Random DropMax: hard Bernoulli masks with a fixed retain probability."""
-
-    branches: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
 
     def __init__(self, retain_probability: float):
         self.retain_probability = retain_probability
@@ -85,7 +83,7 @@ class RandomMasks:
         return functional.target_log_likelihood(step.logits, masks), None
 
 
-class PriorMasks:
+class Prior(Variant):
     """Adaptive DropMax, eq. (15): relaxed masks from the prior (9)."""
 
     branches = ("retain",)
@@ -99,7 +97,7 @@ class PriorMasks:
         )
 
 
-class PriorMeans:
+class Attention(Variant):
     """Deterministic attention: eq. (18) with the entropy term. There is no KL divergence."""
 
     branches = ("retain",)
@@ -112,7 +110,7 @@ class PriorMeans:
         return log_p - step.entropy_weight * entropy, tf.reduce_sum(entropy, axis=-1)
 
 
-class LabelMasks:
+class Label(Variant):
     """The label posterior (NeurIPS 2018), with relaxed masks or with their means.
 
     Args:
@@ -136,8 +134,8 @@ class LabelMasks:
         )
 
 
-def objective_of(retain_probability: float | None, stochastic: bool, posterior: str) -> Objective:
-    """The objective that the arguments of `DropMaxHead` describe.
+def variant_of(retain_probability: float | None, stochastic: bool, posterior: str) -> Variant:
+    """The variant that the arguments of `DropMaxHead` describe.
 
     Raises:
         ValueError: If the arguments exclude each other.
@@ -149,7 +147,7 @@ def objective_of(retain_probability: float | None, stochastic: bool, posterior: 
                 f"`posterior='prior'`. Received: retain_probability={retain_probability}, "
                 f"stochastic={stochastic}, posterior={posterior!r}"
             )
-        return RandomMasks(retain_probability)
+        return Random(retain_probability)
     if posterior == "label":
-        return LabelMasks(stochastic)
-    return PriorMasks() if stochastic else PriorMeans()
+        return Label(stochastic)
+    return Prior() if stochastic else Attention()
