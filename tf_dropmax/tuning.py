@@ -38,18 +38,15 @@ ignores. To have the same masks and initial weights of the head in all trials, g
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
 import keras_tuner
 
-from tf_dropmax.checks import check_positive_int
-from tf_dropmax.head import POSTERIORS, DropMaxHead
+from tf_dropmax.head import DropMaxHead
 from tf_dropmax.losses import DropMaxLoss
 from tf_dropmax.metrics import NegativeLogLikelihood
-from tf_dropmax.objectives import default_auxiliary_weight, default_entropy_weight, objective_of
 
 TUNABLE = ("entropy_weight", "temperature", "posterior", "retain_l2")
 
@@ -89,8 +86,7 @@ def dropmax_head(
         A `DropMaxHead`.
 
     Raises:
-        ValueError: If `tune` has another name, or a name that has no effect on a head with these
-            arguments; or as `DropMaxHead`.
+        ValueError: If `tune` has another name; or as `DropMaxHead`.
         TypeError: If `kwargs` contain an argument that is tuned.
 
     Example:
@@ -101,50 +97,31 @@ def dropmax_head(
     >>> space.values
     {'entropy_weight': 0.1, 'temperature': 0.1}
     """
-    tune = _checked_names(tune, TUNABLE)
-    check_positive_int("units", units)
-    _check_effects(tune, kwargs.get("retain_probability"), kwargs.get("stochastic", True))
+    if unknown := set(tune) - set(TUNABLE):
+        raise ValueError(
+            f"`tune` must be names out of {TUNABLE}. Received: {sorted(unknown)} in tune={tune!r}"
+        )
+
+    def around(name: str, default: float, low: float, high: float) -> float:
+        return hp.Float(name, low * default, high * default, sampling="log", default=default)
+
     settings: dict[str, Any] = {}
     if "entropy_weight" in tune:
-        weight = default_entropy_weight(units)
-        settings["entropy_weight"] = hp.Float(
-            "entropy_weight", weight / 100, weight * 10, sampling="log", default=weight
-        )
+        settings["entropy_weight"] = around("entropy_weight", min(1.0, 30 / units), 0.01, 10)
     if "temperature" in tune:
-        settings["temperature"] = hp.Float("temperature", 0.05, 1.0, sampling="log", default=0.1)
+        settings["temperature"] = around("temperature", 0.1, 0.5, 10)
     if "posterior" in tune:
-        settings["posterior"] = hp.Choice("posterior", list(POSTERIORS))
-        weight = default_auxiliary_weight(units)
+        settings["posterior"] = hp.Choice("posterior", ["prior", "label"])
         with hp.conditional_scope("posterior", ["label"]):
-            # `None` while the posterior is another one, which is an argument of the head too.
-            settings["auxiliary_weight"] = hp.Float(
-                "auxiliary_weight", weight / 10, weight * 10, sampling="log", default=weight
-            )
+            # keras-tuner gives `None` if the posterior is "prior". Then the head uses its default.
+            weight = around("auxiliary_weight", min(0.1, 3 / units), 0.1, 10)
+            settings["auxiliary_weight"] = weight
     if "retain_l2" in tune:
         strength = hp.Choice("retain_l2", [0.0, 1e-4, 1e-3, 1e-2])
-        regularizer = keras.regularizers.L2(strength) if strength else None
-        settings["retain_kernel_regularizer"] = regularizer
+        if strength:
+            regularizer = keras.regularizers.L2(strength)
+            settings["retain"] = {"kernel_regularizer": regularizer, **kwargs.pop("retain", {})}
     return DropMaxHead(units, **settings, **kwargs)
-
-
-def _checked_names(tune: Any, choices: tuple[str, ...]) -> set[str]:
-    if isinstance(tune, str) or not set(tune) <= set(choices):
-        raise ValueError(
-            f"`tune` must be a collection of names out of {choices}. Received: tune={tune!r}"
-        )
-    return set(tune)
-
-
-def _check_effects(tune: set[str], retain_probability: Any, stochastic: Any) -> None:
-    objective = objective_of(retain_probability, stochastic, "prior")
-    effective = {"posterior", "retain_l2", *objective.settings} if objective.branches else set()
-    if tune - effective:
-        raise ValueError(
-            "`tune` must not contain names that have no effect. A fixed `retain_probability` has "
-            "no retain branch. `stochastic=False` has no temperature. "
-            f"Received: tune={sorted(tune - effective)}, retain_probability={retain_probability}, "
-            f"stochastic={stochastic}"
-        )
 
 
 def feature_decay(hp: keras_tuner.HyperParameters) -> keras.layers.ActivityRegularization:
@@ -182,18 +159,18 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
     negative log-likelihood in nats. Give the attribute `objective` to the tuner. It is `nll` on
     validation data, which contains neither `entropy_weight` nor the penalties of regularizers.
 
+    If `features` and `optimizer` are functions of a module, the hypermodel can be pickled.
+
     Args:
         features: Function of `hp` that returns a functional or sequential `keras.Model` with one
             output, the features. It may add entries to the search space. Every call must return a
-            new model, unless the model has no trainable weights.
+            new model, unless the model has no trainable weights: otherwise a trial starts from the
+            trained weights of another.
         units: Positive int, the number of classes T.
         optimizer: String, or function of `hp` that returns an optimizer. Defaults to `"adam"`.
         tune: As for `dropmax_head`. It may also contain `"feature_decay"`, the penalty of the
             function `feature_decay`. Defaults to `("entropy_weight",)`.
         **kwargs: Arguments of `DropMaxHead`, except those that are tuned.
-
-    Raises:
-        ValueError: If `features`, `units`, `optimizer` or `tune` is not as above.
 
     Example:
 
@@ -224,26 +201,11 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         **kwargs: Any,
     ):
         super().__init__()
-        if not callable(features) or isinstance(features, keras.Model):
-            raise ValueError(
-                "`features` must be a function of `hp` that returns a Keras model. "
-                f"Received: features={features!r}"
-            )
-        if not isinstance(optimizer, str) and not callable(optimizer):
-            raise ValueError(
-                "`optimizer` must be a string or a function of `hp`, because every trial needs an "
-                f"optimizer of its own. Received: optimizer={optimizer!r}"
-            )
         self.features = features
         self.units = units
         self.optimizer = optimizer
-        self.tune = _checked_names(tune, (*TUNABLE, "feature_decay"))
+        self.tune = tuple(tune)
         self.kwargs = kwargs
-        check_positive_int("units", units)
-        arguments = kwargs.get("retain_probability"), kwargs.get("stochastic", True)
-        _check_effects(self.tune - {"feature_decay"}, *arguments)
-        # The models that `features` has returned.
-        self._used: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
     def build(self, hp: keras_tuner.HyperParameters) -> keras.Model:
         """The compiled model of a trial.
@@ -255,11 +217,7 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
             A `keras.Model`.
 
         Raises:
-            ValueError: If `features` returns no built functional or sequential model, a model
-                without exactly one output, or a trainable model that it has returned before; or
-                if `"feature_decay"` is tuned and the model has no trainable weights; or as
-                `dropmax_head`.
-            TypeError: As `dropmax_head`.
+            ValueError, TypeError: As `dropmax_head`.
 
         Example:
 
@@ -273,17 +231,13 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         >>> space.values
         {'width': 8, 'entropy_weight': 1.0}
         """
-        features = self._features(hp)
+        features = self.features(hp)
         inputs = features.inputs[0] if isinstance(features, keras.Sequential) else features.input
         output = features.outputs[0]
         if "feature_decay" in self.tune:
-            if not features.trainable_variables:
-                raise ValueError(
-                    '`tune` must not contain "feature_decay" if the features have no trainable '
-                    f"weights, because it has no effect. Received: tune={self.tune}"
-                )
             output = feature_decay(hp)(output)
-        head = dropmax_head(hp, self.units, self.tune - {"feature_decay"}, **self.kwargs)
+        names = [name for name in self.tune if name != "feature_decay"]
+        head = dropmax_head(hp, self.units, names, **self.kwargs)
         model = keras.Model(inputs, head(output))
         optimizer = self.optimizer if isinstance(self.optimizer, str) else self.optimizer(hp)
         metrics = ["accuracy", NegativeLogLikelihood(name="nll")]
@@ -292,24 +246,3 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         # variables of an optimizer that is not built.
         model.optimizer.build(model.trainable_variables)
         return model
-
-    def _features(self, hp: keras_tuner.HyperParameters) -> keras.Model:
-        features = self.features(hp)
-        if not getattr(features, "inputs", None):
-            raise ValueError(
-                "`features` must return a functional or sequential model that is built. "
-                f"Received: {features!r}"
-            )
-        if len(features.outputs) != 1:
-            raise ValueError(
-                "`features` must return a model with one output. "
-                f"Received: {len(features.outputs)} outputs"
-            )
-        if features in self._used and features.trainable_variables:
-            # A fatal error ends the search. Any other would count as a failed trial.
-            raise keras_tuner.errors.FatalValueError(
-                "`features` must return a new model at every call. Otherwise a trial starts from "
-                f"the trained weights of another. Received: {features!r}, as before"
-            )
-        self._used.add(features)
-        return features

@@ -46,12 +46,6 @@ def test_contours():
     assert labels
 
 
-@pytest.mark.parametrize("bad", [[0.5, 0.5], [(0.5, 1.0)], [(0.2, 0.3, 0.4)]])
-def test_contours_refuse(bad):
-    with pytest.raises(ValueError, match="pairs of numbers between 0 and 1"):
-        plots.contours(bad)
-
-
 def test_decision_boundaries():
     x = np.random.default_rng(0).normal(size=(50, 2)).astype("float32")
     y = (x[:, 0] > 0).astype(int)
@@ -69,14 +63,12 @@ def test_decision_boundaries():
     np.testing.assert_allclose(boundary[:, 0], 0, atol=0.05)
     points = [c.get_offsets() for c in figure.axes[0].collections if len(c.get_offsets()) > 1]
     assert sum(map(len, points)) == 50
-    with pytest.raises(ValueError, match=r"'flat' must return shape \(40000, T\)"):
+    with pytest.raises(ValueError, match=r"`output of flat` must have shape \(40000, T\)"):
         plots.decision_boundaries({"flat": lambda grid: grid[:, 0]}, x, y)
-    with pytest.raises(ValueError, match="T at least 2"):
+    with pytest.raises(ValueError, match=r"must be two classes or more.*'one'"):
         plots.decision_boundaries({"one": lambda grid: grid[:, :1]}, x, y)
     with pytest.raises(ValueError, match=r"in \[0, 2\)"):
         plots.decision_boundaries({"two": predict}, x, y + 1)
-    with pytest.raises(ValueError, match="function"):
-        plots.decision_boundaries({}, x, y)
 
 
 @pytest.mark.parametrize("classes", [6, 10, 12])
@@ -111,25 +103,13 @@ def test_convergence():
     assert len(styles) == 2
     curves["base"]["test NLL"] -= 3
     assert rendered(plots.convergence(curves, ["test NLL"])).axes[0].get_yscale() == "linear"
-    (band,) = (
-        plots.convergence({"one": {"step": [1], "loss": [[1], [3]]}}, ["loss"]).axes[0].collections
-    )
-    np.testing.assert_allclose(
-        np.unique(band.get_paths()[0].vertices[:, 1]), [2 - 2**0.5, 2 + 2**0.5]
-    )
-    (band,) = (
-        plots.convergence({"one": {"step": [1], "loss": [[1], [9]]}}, ["loss"]).axes[0].collections
-    )
-    assert band.get_paths()[0].vertices[:, 1].min() == 0.5
-    for seeds in ([[1, 2], [1]], [[1]], [1, 2], []):
-        with pytest.raises(ValueError, match=r"'loss' of 'one' must have shape \(seeds, points\)"):
+    for second, ends in ((3, [2 - 2**0.5, 2 + 2**0.5]), (9, [0.5, 5 + 32**0.5])):
+        one = {"step": [1], "loss": [[1], [second]]}
+        (band,) = plots.convergence({"one": one}, ["loss"]).axes[0].collections
+        np.testing.assert_allclose(np.unique(band.get_paths()[0].vertices[:, 1]), ends)
+    for seeds in ([[1]], [1, 2], []):
+        with pytest.raises(ValueError, match=r"`loss of one` must have shape \(seeds, 2\)"):
             plots.convergence({"one": {"step": [1, 2], "loss": seeds}}, ["loss"])
-    with pytest.raises(ValueError, match="Received: 0 steps"):
-        plots.convergence({"one": {"step": [], "loss": [[]]}}, ["loss"])
-    with pytest.raises(ValueError, match="lacks"):
-        plots.convergence(curves, ["train NLL"])
-    with pytest.raises(ValueError, match="must be curves"):
-        plots.convergence({})
 
 
 def test_easy_and_hard(predictions):
@@ -162,33 +142,24 @@ def test_examples(predictions, channels):
         )
 
 
-def test_examples_with_very_many_classes():
-    rho = np.full((2, 1000), 0.5)
-    figure = rendered(
-        plots.examples(
-            np.zeros((2, 4, 4)), rho, np.log(np.full((2, 1000), 1e-3)), np.array([0, 999])
-        )
-    )
+def test_not_all_of_very_many_classes_have_a_name():
+    rho, log_p = np.full((2, 1000), 0.5), np.log(np.full((2, 1000), 1e-3))
+    figure = rendered(plots.examples(np.zeros((2, 4, 4)), rho, log_p, np.array([0, 999])))
     assert figure.axes[4].get_xticks().tolist() == list(range(0, 1000, 100))
-    axes = rendered(plots.class_averages(np.eye(26), range(26), "abcdefghijklmnopqrstuvwxyz")).axes[
-        0
-    ]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    axes = rendered(plots.class_averages(np.eye(26), range(26), letters)).axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == list("adgjmpsvy")
 
 
-def test_examples_are_all_on_one_scale():
+@pytest.mark.parametrize(
+    "image", [np.full((1, 4, 4), 0.4), np.full((1, 4, 4), 102, "uint8"), np.full((1, 1, 8, 3), 0.4)]
+)
+def test_examples_are_all_on_one_scale(image):
     rho, log_p = np.full((1, 2), 0.5), np.log(np.full((1, 2), 0.5))
-    for image in (np.full((1, 4, 4), 0.4), np.full((1, 4, 4), 102, "uint8")):
-        drawn = plots.examples(image, rho, log_p, [0]).axes[0].get_images()[0]
-        np.testing.assert_allclose(drawn.get_array(), 0.4)
-        assert drawn.get_clim() == (0, 1)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 8, 1), (1, 1, 8, 3), (1, 1, 1)])
-def test_images_of_one_pixel_in_height_or_width(shape):
-    rho, log_p = np.full((1, 2), 0.5), np.log(np.full((1, 2), 0.5))
-    drawn = plots.examples(np.full(shape, 0.4), rho, log_p, [0]).axes[0].get_images()[0]
-    assert drawn.get_array().shape == shape[1:]
+    drawn = plots.examples(image, rho, log_p, [0]).axes[0].get_images()[0]
+    np.testing.assert_allclose(drawn.get_array(), 0.4)
+    assert drawn.get_array().shape == image.shape[1:]
+    assert drawn.get_clim() == (0, 1)
 
 
 def luminance(colours):
@@ -229,8 +200,6 @@ def test_a_legend_explains_the_triangle(predictions):
     figure = rendered(plots.examples(np.zeros((2, 8, 8)), rho, log_p, y))
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["true class"]
-    (triangle,) = legend.legend_handles
-    assert triangle.get_marker() == figure.axes[1].lines[0].get_marker()
     box = legend.get_window_extent()
     assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
 
@@ -275,10 +244,8 @@ def test_colours_of_confusion_go_from_zero_to_the_largest_value_off_the_diagonal
     first, second = (axes.get_images()[0] for axes in plots.confusion(log_p, y, rho).axes[:2])
     assert first.get_clim() == (0, first.get_array().max())
     assert second.get_clim() == (0, second.get_array().max())
-    certain = np.log(np.eye(2) + 1e-30)
-    assert rendered(plots.confusion(certain, [0, 1], np.eye(2))).axes[0].get_images()[
-        0
-    ].get_clim() == (0, 1)
+    certain = rendered(plots.confusion(np.log(np.eye(2) + 1e-30), [0, 1], np.eye(2)))
+    assert certain.axes[0].get_images()[0].get_clim() == (0, 1)
 
 
 def test_top_and_bottom():
@@ -335,7 +302,6 @@ def test_tensors_and_a_model_will_do():
         (lambda p, y, r: plots.reliability_diagram(p + 1, y), "tf.nn.log_softmax"),
         (lambda p, y, r: plots.reliability_diagram(np.exp(p), y), "sum to 1"),
         (lambda p, y, r: plots.reliability_diagram(p * np.nan, y), "sum to 1"),
-        (lambda p, y, r: plots.reliability_diagram(p[0], y), r"\(N, T\)"),
         (lambda p, y, r: plots.reliability_diagram(p, y[:-1]), r"\(200,\)"),
         (lambda p, y, r: plots.reliability_diagram(p, y + 1.0), "integers"),
         (lambda p, y, r: plots.reliability_diagram(p, y + 1), r"in \[0, 6\)"),
@@ -345,24 +311,19 @@ def test_tensors_and_a_model_will_do():
         (lambda p, y, r: plots.confusion(p, y, 2 * r), r"in \[0, 1\]"),
         (lambda p, y, r: plots.class_averages(r, y, class_names="ab"), "each of the 6 classes"),
         (lambda p, y, r: plots.examples(np.zeros((3, 4, 4)), r, p, y), "height"),
-        (lambda p, y, r: plots.examples(np.zeros((200, 4, 4)), r, p, y, masks=r), r"\(N, S, T\)"),
+        (lambda p, y, r: plots.examples(np.zeros((200, 4, 4)), r, p, y, masks=r), r"\(200, S, 6\)"),
         (lambda p, y, r: plots.decision_boundaries({"a": None}, r, y), r"\(N, 2\)"),
         (
             lambda p, y, r: plots.examples(np.full((200, 4, 4), 16.0), r, p, y),
             r"`images` must be in \[0, 1\]",
         ),
-        (lambda p, y, r: plots.examples(np.zeros(200), r, p, y), "height"),
-        (lambda p, y, r: plots.examples(np.zeros((200, 0, 4)), r, p, y), "at least one"),
-        (lambda p, y, r: plots.examples(0.0, r, p, y), "height"),
-        (lambda p, y, r: plots.easy_and_hard(p[:0], y[:0]), "at least one"),
         (lambda p, y, r: plots.class_averages(r[:0], y[:0]), "at least one"),
-        (lambda p, y, r: plots.confusion(p[:0], y[:0], r[:0]), "at least one"),
-        (lambda p, y, r: plots.decision_boundaries({"a": None}, r[:0, :2], y[:0]), "at least one"),
+        (lambda p, y, r: plots.confusion(p[:, :1], y, r), "two classes or more"),
+        (lambda p, y, r: plots.contours([0.5, 0.5]), r"\(pairs, 2\)"),
+        (lambda p, y, r: plots.contours([(0.5, 1.0)]), "pairs of numbers between 0 and 1"),
         (lambda p, y, r: plots.contours(limit=0), "`limit` must be a positive float"),
         (lambda p, y, r: plots.top_and_bottom([]), "at least one"),
-        (lambda p, y, r: plots.top_and_bottom(r[:0]), "at least one"),
         (lambda p, y, r: plots.top_and_bottom(r, label=6), r"`label` must be in \[0, 6\)"),
-        (lambda p, y, r: plots.top_and_bottom(r, label=-1), r"`label` must be in \[0, 6\)"),
         (lambda p, y, r: plots.top_and_bottom(r, count=0), "count"),
     ],
 )

@@ -9,8 +9,8 @@ then have no meaning. Of the values that `fit` reports for them, use only those 
 with `val_`.
 """
 
-from tf_dropmax.metrics.calibration import ExpectedCalibrationError, Reliability
-from tf_dropmax.metrics.likelihood import BrierScore, NegativeLogLikelihood
+from tf_dropmax.metrics.calibration_error import ExpectedCalibrationError, Reliability
+from tf_dropmax.metrics.probabilities import BrierScore, NegativeLogLikelihood
 from tf_dropmax.metrics.retain import (
     NonTargetRetainProbability,
     RetainedClasses,

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tf_dropmax.labels import at_label
-from tf_dropmax.metrics.probabilities import checked_probabilities
+from tf_dropmax.metrics.probabilities import LabelMean, to_probabilities
 
 
 def retain_statistics(
@@ -28,7 +28,7 @@ def retain_statistics(
         ValueError: If the static shape of the labels does not fit.
         tf.errors.InvalidArgumentError: If the shape of the labels does not fit at run time, a
             sparse label is not a whole number in [0, T), or a retain probability is outside
-            [0, 1]. XLA checks only the shape; an invalid label then gives NaN.
+            [0, 1]. XLA checks only the shape; what is invalid then gives NaN.
 
     Example:
 
@@ -36,14 +36,13 @@ def retain_statistics(
     >>> [values.numpy().tolist() for values in retain_statistics([1], [[1.0, 0.5, 0.25]])]
     [[0.5], [0.625], [1.75]]
     """
-    expected = "retain probabilities, as the head returns with `output='retain_probabilities'`"
-    retain = checked_probabilities(tf.cast(retain, tf.float64), expected, name=name)
+    retain = to_probabilities(tf.cast(retain, tf.float64), from_logits=False, name=name)
     target, total = at_label(y_true, retain, name=name), tf.reduce_sum(retain, axis=-1)
-    others = tf.cast(tf.maximum(tf.shape(retain)[-1] - 1, 1), tf.float64)
-    return target, (total - target) / others, total
+    others = tf.cast(tf.shape(retain)[-1] - 1, tf.float64)
+    return target, tf.math.divide_no_nan(total - target, others), total
 
 
-class _RetainMean(keras.metrics.MeanMetricWrapper):
+class _RetainMean(LabelMean):
     """Mean of one of the `retain_statistics` over the examples."""
 
     def __init__(self, index: int, name: str, dtype: Any):
@@ -51,9 +50,6 @@ class _RetainMean(keras.metrics.MeanMetricWrapper):
             return retain_statistics(y_true, y_pred, name=type(self).__name__)[index]
 
         super().__init__(statistic, name, dtype)
-
-    def get_config(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype}
 
 
 @keras.saving.register_keras_serializable("tf_dropmax")

@@ -11,13 +11,15 @@ from numpy.typing import ArrayLike
 from scipy.stats import spearmanr
 
 from tf_dropmax.checks import check_positive_int
-from tf_dropmax.plots.checks import (
+from tf_dropmax.plots.common import (
     check_class_names,
     check_labels,
     check_predictions,
     check_unit_interval,
+    draw_heat_map,
+    name_classes,
+    new_axes,
 )
-from tf_dropmax.plots.style import draw_heat_map, name_classes, new_axes
 
 _FLOOR = 1e-12  # Smaller probabilities count as this value.
 
@@ -50,11 +52,10 @@ def class_averages(
     >>> axes.get_images()[0].get_array().tolist()
     [[0.9, 0.2], [0.3, 0.7]]
     """
-    retain = check_unit_interval("retain_probabilities", retain_probabilities)
-    labels = check_labels("labels", labels, len(retain), retain.shape[1])
+    retain = check_unit_interval("retain_probabilities", retain_probabilities, "N", "T")
+    labels = check_labels("labels", labels, *retain.shape)
     names = check_class_names(class_names, retain.shape[1])
-    if axes is None:
-        axes = new_axes(4.4, 3.8)
+    axes = axes or new_axes(4.4, 3.8)
     _draw_matrix(axes, _means_by_class(retain, labels), names, "mean retain probability")
     return axes
 
@@ -96,7 +97,7 @@ def top_and_bottom(
     """
     count = check_positive_int("count", count)
     rows = np.atleast_2d(np.asarray(retain_probabilities, "float64"))
-    retain = check_unit_interval("retain_probabilities", rows).mean(0)
+    retain = check_unit_interval("retain_probabilities", rows, "N", "T").mean(0)
     names = check_class_names(class_names, len(retain))
     if label is not None and label not in range(len(retain)):
         raise ValueError(f"`label` must be in [0, {len(retain)}). Received: label={label!r}")
@@ -104,23 +105,12 @@ def top_and_bottom(
     hidden = max(0, len(order) - 2 * count)
     shown = np.concatenate([order[:count], order[-count:]]) if hidden else order
     places = np.arange(len(shown)) + (hidden > 0) * (np.arange(len(shown)) >= count)
-    if axes is None:
-        axes = new_axes(4, 0.6 + 0.27 * (places[-1] + 1))
-    hatched = shown == label
-    axes.barh(
-        places,
-        retain[shown],
-        color="0.75",
-        edgecolor="black",
-        hatch=["///" if is_label else "" for is_label in hatched],
-    )
-    axes.set(
-        xlim=(0, 1),
-        xlabel="retain probability" + (" (hatched: true class)" if hatched.any() else ""),
-        ylim=(places[-1] + 0.6, -0.6),
-        yticks=places,
-        yticklabels=[names[k] for k in shown],
-    )
+    axes = axes or new_axes(4, 0.6 + 0.27 * (places[-1] + 1))
+    hatches = ["///" if k == label else "" for k in shown]
+    axes.barh(places, retain[shown], color="0.75", edgecolor="black", hatch=hatches)
+    axes.set(xlim=(0, 1), ylim=(places[-1] + 0.6, -0.6))
+    axes.set_yticks(places, [names[k] for k in shown])
+    axes.set_xlabel("retain probability" + (" (hatched: true class)" if any(hatches) else ""))
     if hidden:
         axes.text(0.02, count, f"... {hidden} more ...", va="center", fontsize=8)
     return axes
@@ -162,12 +152,10 @@ def confusion(
     >>> figure.axes[2].get_title()
     'rank correlation 0.99'
     """
-    log_probabilities, labels = check_predictions(log_probabilities, labels)
-    retain = check_unit_interval(
-        "retain_probabilities", retain_probabilities, log_probabilities.shape
-    )
+    log_p, labels = check_predictions(log_probabilities, labels)
+    retain = check_unit_interval("retain_probabilities", retain_probabilities, *log_p.shape)
     names = check_class_names(class_names, retain.shape[1])
-    confused = _means_off_diagonal(np.exp(log_probabilities), labels)
+    confused = _means_off_diagonal(np.exp(log_p), labels)
     retained = _means_off_diagonal(retain, labels)
     figure = Figure(figsize=(12, 3.8))
     figure.set_layout_engine("constrained", wspace=0.08)
@@ -226,10 +214,5 @@ def _draw_correlation(axes: Axes, retained: np.ndarray, confused: np.ndarray) ->
     )
     varied = np.ptp(retained) > 0 and np.ptp(confused) > 0
     correlation = spearmanr(retained, confused).statistic if varied else np.nan
-    axes.set(
-        title=f"rank correlation {correlation:.2f}",
-        xlabel="mean retain probability",
-        ylabel="mean predicted probability",
-        yscale="log",
-        box_aspect=1,
-    )
+    axes.set(title=f"rank correlation {correlation:.2f}", yscale="log", box_aspect=1)
+    axes.set(xlabel="mean retain probability", ylabel="mean predicted probability")

@@ -12,13 +12,13 @@ from matplotlib.markers import CARETDOWN
 from numpy.typing import ArrayLike
 
 from tf_dropmax.checks import check_positive_int
-from tf_dropmax.plots.checks import (
-    check_array,
+from tf_dropmax.plots.common import (
     check_class_names,
     check_predictions,
     check_unit_interval,
+    draw_heat_map,
+    name_classes,
 )
-from tf_dropmax.plots.style import draw_heat_map, name_classes
 
 
 def easy_and_hard(
@@ -47,9 +47,9 @@ def easy_and_hard(
     >>> easy.tolist(), hard.tolist()
     ([0], [2])
     """
-    log_probabilities, labels = check_predictions(log_probabilities, labels)
+    log_p, labels = check_predictions(log_probabilities, labels)
     count = check_positive_int("count", count)
-    order = np.argsort(log_probabilities[np.arange(len(labels)), labels], kind="stable")
+    order = np.argsort(log_p[np.arange(len(labels)), labels], kind="stable")
     return order[::-1][:count], order[:count]
 
 
@@ -91,34 +91,31 @@ def examples(
     >>> [axes.get_title() for axes in figure.axes[:3]]
     ['', 'retain probability', 'prediction']
     """
-    log_probabilities, labels = check_predictions(log_probabilities, labels)
-    shape = log_probabilities.shape
-    retain = check_unit_interval("retain_probabilities", retain_probabilities, shape)
-    images = _check_images(images, len(labels))
-    names = check_class_names(class_names, shape[1])
-    columns = {
-        "retain probability": retain[:, None],
-        "prediction": np.exp(log_probabilities)[:, None],
-    }
+    log_p, labels = check_predictions(log_probabilities, labels)
+    rows, classes = log_p.shape
+    retain = check_unit_interval("retain_probabilities", retain_probabilities, rows, classes)
+    images = np.asarray(images)
+    images = images / 255 if images.dtype == "uint8" else images
+    images = check_unit_interval("images", images, rows, "height", "width", *images.shape[3:4])
+    names = check_class_names(class_names, classes)
+    columns = {"retain probability": retain[:, None], "prediction": np.exp(log_p)[:, None]}
     height = 0.75
     if masks is not None:
-        masks = check_array("masks", masks, "(N, S, T)", lambda a: a.ndim == 3)
-        masks = check_unit_interval("masks", masks, (shape[0], masks.shape[1], shape[1]))
-        columns["sampled masks"] = masks
-        height = max(height, 0.13 * masks.shape[1])
-    figure = Figure(
-        figsize=(1 + 3.1 * len(columns), 1.1 + height * len(labels)), layout="constrained"
-    )
-    grid = figure.subplots(
-        len(labels), 1 + len(columns), squeeze=False, width_ratios=[1, *[3.2] * len(columns)]
-    )
+        columns["sampled masks"] = check_unit_interval("masks", masks, rows, "S", classes)
+        height = max(height, 0.13 * columns["sampled masks"].shape[1])
+    size = 1 + 3.1 * len(columns), 1.1 + height * rows
+    figure = Figure(figsize=size, layout="constrained")
+    widths = [1, *[3.2] * len(columns)]
+    grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for row, label in enumerate(labels):
-        _draw_image(grid[row, 0], images[row], names[label])
+        grid[row, 0].imshow(images[row], cmap="gray_r", vmin=0, vmax=1)
+        grid[row, 0].set(xticks=[], yticks=[])
+        grid[row, 0].set_ylabel(names[label], rotation=0, ha="right", va="center")
         for axes, values in zip(grid[row, 1:], columns.values(), strict=True):
             drawn = draw_heat_map(axes, values[row], aspect="auto")
             triangle = _mark_class(axes, label)
             axes.set_yticks([])
-            name_classes(axes.xaxis, names if row == len(labels) - 1 else [])
+            name_classes(axes.xaxis, names if row == rows - 1 else [])
     for axes, title in zip(grid[0, 1:], columns, strict=True):
         axes.set_title(title, fontsize=10, pad=9)
     for axes in grid[-1, 1:]:
@@ -135,31 +132,8 @@ def examples(
     return figure
 
 
-def _check_images(images: ArrayLike, count: int) -> np.ndarray:
-    values = check_array(
-        "images",
-        images,
-        f"({count}, height, width[, 1 or 3])",
-        lambda a: a.ndim in (3, 4) and len(a) == count and a.shape[3:] in ((), (1,), (3,)),
-    )
-    scaled = values / 255 if values.dtype == "uint8" else values
-    return check_unit_interval("images", scaled, values.shape)
-
-
-def _draw_image(axes: Axes, image: np.ndarray, name: str) -> None:
-    axes.imshow(image[..., 0] if image.shape[2:] == (1,) else image, cmap="gray_r", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[])
-    axes.set_ylabel(name, rotation=0, ha="right", va="center")
-
-
 def _mark_class(axes: Axes, label: int) -> Line2D:
-    (triangle,) = axes.plot(
-        label,
-        1,
-        color="black",
-        marker=CARETDOWN,
-        linestyle="none",
-        transform=axes.get_xaxis_transform(),
-        clip_on=False,
-    )
+    transform = axes.get_xaxis_transform()
+    (triangle,) = axes.plot(label, 1, "k", marker=CARETDOWN, transform=transform, clip_on=False)
+    triangle.set_linestyle("none")
     return triangle

@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike
 
 from tf_dropmax.checks import check_number
 from tf_dropmax.functional import exact_log_probabilities, softmax_log_probabilities
-from tf_dropmax.plots.checks import check_array, check_labels
-from tf_dropmax.plots.style import colour_and_marker, draw_heat_map
+from tf_dropmax.plots.common import check_array, check_labels, colour_and_marker, draw_heat_map
 
 _LOGITS = 101  # Grid points along a side of `contours`.
 _INPUTS = 200  # Grid points along a side of `decision_boundaries`.
@@ -45,10 +44,10 @@ def contours(
 
     >>> figure = plots.contours([(0.9, 0.2)])
     >>> [axes.get_title() for axes in figure.axes[:2]]
-    ['softmax', 'DropMax, retained: 0.9, 0.2']
+    ['softmax', 'masks, retained: 0.9, 0.2']
     """
-    pairs = np.asarray(retain_probabilities, "float64")
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or not ((pairs > 0) & (pairs < 1)).all():
+    pairs = check_array("retain_probabilities", retain_probabilities, "pairs", 2)
+    if not ((pairs > 0) & (pairs < 1)).all():
         raise ValueError(
             "`retain_probabilities` must be pairs of numbers between 0 and 1. "
             f"Received: {retain_probabilities!r}"
@@ -59,8 +58,8 @@ def contours(
     panels = [("softmax", softmax_log_probabilities(logits))]
     for pair in pairs:
         retain_logits = np.broadcast_to(np.log(pair / (1 - pair)), logits.shape)
-        title = f"DropMax, retained: {pair[0]:g}, {pair[1]:g}"
-        panels.append((title, exact_log_probabilities(logits, retain_logits)))
+        log_p = exact_log_probabilities(logits, retain_logits)
+        panels.append((f"masks, retained: {pair[0]:g}, {pair[1]:g}", log_p))
     figure = Figure(figsize=(2.9 * len(panels), 3.1), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, log_p) in zip(grid, panels, strict=True):
@@ -112,10 +111,7 @@ def decision_boundaries(
     >>> len(figure.axes)
     1
     """
-    x = check_array("x", x, "(N, 2)", lambda a: a.ndim == 2 and a.shape[1] == 2)
-    y = check_labels("y", y, len(x))
-    if not predictors:
-        raise ValueError("`predictors` must have at least one function. Received: none")
+    x = check_array("x", x, "N", 2)
     margin = 0.15 * np.maximum(np.ptp(x, axis=0), 1e-3)
     first, second = np.linspace(x.min(0) - margin, x.max(0) + margin, _INPUTS, axis=1)
     inputs = np.stack(np.meshgrid(first, second), axis=-1).reshape(-1, 2)
@@ -123,14 +119,11 @@ def decision_boundaries(
     figure = Figure(figsize=(3.4 * len(predictors), 3.4), layout="constrained")
     grid = figure.subplots(1, len(predictors), sharey=True, squeeze=False)[0]
     for axes, (title, predict) in zip(grid, predictors.items(), strict=True):
-        outputs = np.asarray(predict(inputs))
-        if outputs.ndim != 2 or len(outputs) != len(inputs) or outputs.shape[1] < 2:
-            raise ValueError(
-                f"{title!r} must return shape ({len(inputs)}, T), T at least 2. "
-                f"Received: shape {outputs.shape}"
-            )
+        outputs = check_array(f"output of {title}", predict(inputs), len(inputs), "T")
         count = outputs.shape[1]
-        check_labels("y", y, len(x), count)
+        if count == 1:
+            raise ValueError(f"There must be two classes or more. Received: one from {title!r}")
+        y = check_labels("y", y, len(x), count)
         _draw_regions(axes, first, second, outputs.argmax(-1).reshape(_INPUTS, _INPUTS), count)
         for label in range(count):
             style = colour_and_marker(label)

@@ -7,8 +7,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from tf_dropmax.metrics import ExpectedCalibrationError
-from tf_dropmax.plots.checks import check_predictions
-from tf_dropmax.plots.style import new_axes
+from tf_dropmax.plots.common import check_predictions, new_axes
 
 
 def reliability_diagram(
@@ -40,17 +39,16 @@ def reliability_diagram(
     >>> axes.get_title()
     'calibration error 25.0 %'
     """
-    log_probabilities, labels = check_predictions(log_probabilities, labels)
-    metric = ExpectedCalibrationError(bins, from_logits=True)
-    error = float(metric(labels, log_probabilities))
+    log_p, labels = check_predictions(log_probabilities, labels)
+    metric = ExpectedCalibrationError(bins)
+    error = float(metric(labels, log_p))
     weight, confidence, accuracy = metric.reliability()
-    filled = weight > 0
-    if axes is None:
-        axes = new_axes(3.8, 4)
+    filled, centres = weight > 0, (np.arange(bins) + 0.5) / bins
+    axes = axes or new_axes(3.8, 4)
     axes.bar(
-        (np.arange(len(weight)) + 0.5) / len(weight),
+        centres,
         weight / weight.sum(),
-        1 / len(weight),
+        1 / bins,
         color="0.85",
         edgecolor="0.6",
         label="share of the examples",
@@ -59,12 +57,8 @@ def reliability_diagram(
     axes.plot(
         confidence[filled], accuracy[filled], "o-", color="#0072B2", markersize=5, label="accuracy"
     )
-    axes.set(
-        xlim=(0, 1),
-        ylim=(0, 1.02),
-        xlabel="confidence",
-        title=f"calibration error {100 * error:.1f} %",
-    )
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence")
+    axes.set_title(f"calibration error {100 * error:.1f} %")
     axes.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, 0),

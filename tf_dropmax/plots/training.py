@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from numpy.typing import ArrayLike
 
-from tf_dropmax.plots.style import colour_and_marker, dashes
+from tf_dropmax.plots.common import check_array, colour_and_marker, dashes
 
 
 def convergence(
@@ -26,7 +25,7 @@ def convergence(
 
     Args:
         curves: Dictionary `{method: {"step": steps, measure: values, ...}}`. The steps have shape
-            `(points,)`, the values `(seeds, points)`. `tf_dropmax.experiments.convergence.curves`
+            `(points,)`, the values `(seeds, points)`. `tf_dropmax.experiments.reports.curves`
             returns such a dictionary.
         measures: Sequence of strings, the measures to draw. Each measure gets a panel. Defaults
             to `("train NLL", "test NLL", "test error %")`.
@@ -35,24 +34,39 @@ def convergence(
         A `matplotlib.figure.Figure`, one row of panels.
 
     Raises:
-        ValueError: If there is no curve or no measure, a method lacks a measure, or the values do
-            not have one entry per step.
+        ValueError: If the values of a measure do not have one entry per step.
+        KeyError: If a method lacks a measure.
 
     Example:
 
-    >>> curves = {"base": {"step": [1, 2, 3], "test NLL": [[0.9, 0.5, 0.4], [0.8, 0.6, 0.4]]}}
+    >>> curves = {"softmax": {"step": [1, 2, 3], "test NLL": [[0.9, 0.5, 0.4], [0.8, 0.6, 0.4]]}}
     >>> figure = plots.convergence(curves, ["test NLL"])
     >>> figure.axes[0].get_ylabel()
     'test NLL'
     """
-    _check_curves(curves, measures)
     figure = Figure(figsize=(3.6 * len(measures), 3.7), layout="constrained")
     grid = figure.subplots(1, len(measures), squeeze=False)[0]
     for axes, measure in zip(grid, measures, strict=True):
-        positive = all(np.min(curve[measure]) > 0 for curve in curves.values())
+        positive = all(np.min(curve[measure], initial=1) > 0 for curve in curves.values())
         for index, (method, curve) in enumerate(curves.items()):
-            values = np.asarray(curve[measure], "float64")
-            _draw_curve(axes, index, method, np.asarray(curve["step"]), values, positive)
+            steps = np.asarray(curve["step"])
+            values = check_array(f"{measure} of {method}", curve[measure], "seeds", len(steps))
+            mean = values.mean(0)
+            spread = values.std(0, ddof=1) if len(values) > 1 else 0
+            low = np.maximum(mean - spread, values.min(0) / 2) if positive else mean - spread
+            style = colour_and_marker(index)
+            axes.fill_between(
+                steps, low, mean + spread, color=style["color"], alpha=0.15, linewidth=0
+            )
+            axes.plot(
+                steps,
+                mean,
+                label=method,
+                linestyle=dashes(index),
+                markersize=5,
+                markevery=(index, max(1, len(mean) // 6)),
+                **style,
+            )
         axes.set(xlabel="training step", ylabel=measure)
         if positive:
             _make_logarithmic(axes, "y", (1, 2, 5))
@@ -64,50 +78,10 @@ def convergence(
         title="mean over the seeds ± one standard deviation",
         title_fontsize="small",
         loc="outside upper center",
-        ncols=min(len(curves), 4),
+        ncols=min(len(curves), 2 * len(measures)),
         frameon=False,
     )
     return figure
-
-
-def _check_curves(curves: Mapping[str, Mapping[str, Any]], measures: Sequence[str]) -> None:
-    if not curves or not measures:
-        raise ValueError(
-            "There must be curves and measures. "
-            f"Received: methods {list(curves)}, measures {list(measures)}"
-        )
-    for method, curve in curves.items():
-        absent = [name for name in ("step", *measures) if name not in curve]
-        if absent:
-            raise ValueError(f"The curve of {method!r} lacks {absent}. Received: {sorted(curve)}")
-        points = np.size(curve["step"])
-        for measure in measures:
-            sizes = [np.size(seed) for seed in curve[measure]]
-            if points == 0 or set(sizes) != {points}:
-                raise ValueError(
-                    f"{measure!r} of {method!r} must have shape (seeds, points), a value for each "
-                    f"step, at least one. Received: {points} steps, seeds of {sizes} values"
-                )
-
-
-def _draw_curve(
-    axes: Axes, index: int, method: str, steps: np.ndarray, values: np.ndarray, positive: bool
-) -> None:
-    values = values.reshape(-1, len(steps))
-    mean = values.mean(0)
-    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
-    low = np.maximum(mean - spread, values.min(0) / 2) if positive else mean - spread
-    style = colour_and_marker(index)
-    axes.plot(
-        steps,
-        mean,
-        label=method,
-        linestyle=dashes(index),
-        markersize=5,
-        markevery=(index, max(1, len(mean) // 6)),
-        **style,
-    )
-    axes.fill_between(steps, low, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _make_logarithmic(axes: Axes, which: str, digits: Sequence[int]) -> None:

@@ -109,7 +109,7 @@ def test_a_compiled_model_with_two_outputs_saves_and_reloads(blobs, tmp_path):
     model.fit(x, labels, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert len(loaded.weights) == len(model.weights) == 6  # The head was called twice.
+    assert len(loaded.weights) == len(model.weights) == 7  # The head was called twice.
     one, other = (m.evaluate(x, labels, return_dict=True, verbose=0) for m in (model, loaded))
     assert one == pytest.approx(other, rel=1e-5)
 

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.checks import check_boolean, check_one_of, check_positive_int
-from tf_dropmax.keras_internals import get_mask
+from tf_dropmax.checks import check_one_of, check_positive_int
+from tf_dropmax.keras_internals import get_mask, less_is_better
 from tf_dropmax.labels import at_label
 from tf_dropmax.metrics.probabilities import to_probabilities
 
@@ -35,6 +35,7 @@ class Reliability(NamedTuple):
     accuracy: np.ndarray
 
 
+@less_is_better
 @keras.saving.register_keras_serializable("tf_dropmax")
 class ExpectedCalibrationError(keras.metrics.Metric):
     """Expected calibration error: mean of `|confidence - accuracy|` over bins of the confidence.
@@ -89,7 +90,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         super().__init__(name=name, dtype=dtype)
         self.bins = check_positive_int("bins", bins)
         self.binning = check_one_of("binning", binning, ("width", "mass"))
-        self.from_logits = check_boolean("from_logits", from_logits)
+        self.from_logits = from_logits
         # For each cell the sums of weight, weight * confidence and weight * accuracy. In float64
         # the order of the batches does not change the result by rounding.
         self._cells = self.bins if binning == "width" else _CELLS
@@ -104,27 +105,27 @@ class ExpectedCalibrationError(keras.metrics.Metric):
             sample_weight: `None` or float tensor, shape `(batch,)`, `(batch, ...)`, or the same
                 with a last dimension of 1. Defaults to `None`.
         """
-        mask = get_mask(y_pred)
         p = to_probabilities(y_pred, self.from_logits, name=type(self).__name__)
         confidence = tf.cast(tf.reduce_max(p, axis=-1), tf.float64)
         predicted = tf.one_hot(tf.argmax(p, axis=-1), tf.shape(p)[-1], dtype=tf.float64)
         right = at_label(y_true, predicted, name=type(self).__name__)
         weight = tf.ones_like(confidence)
-        for factor in (sample_weight, mask):
+        for factor in (sample_weight, get_mask(y_pred)):
             if factor is not None:
-                weight *= _of_rank(tf.cast(factor, tf.float64), confidence.shape.rank)
+                # Shapes `(batch,)`, `(batch, 1)`, ... in the rank of the confidence.
+                shape = tf.concat([tf.shape(factor), tf.ones_like(tf.shape(weight))], 0)
+                shape = shape[: weight.shape.rank]
+                weight *= tf.reshape(tf.cast(factor, tf.float64), shape)
         parts = tf.stack([weight, weight * confidence, weight * right], axis=-1)
-        cell = tf.reshape(self._cell(confidence), [-1])
-        sums = tf.math.unsorted_segment_sum(tf.reshape(parts, [-1, 3]), cell, self._cells)
-        self._sums.assign_add(sums)
+        cells = self._cell(confidence)
+        self._sums.assign_add(tf.math.unsorted_segment_sum(parts, cells, self._cells))
 
-    def _cell(self, confidence):
-        position = tf.minimum(confidence, 1)  # Rounding may give a little more.
+    def _cell(self, position):
         if self.binning == "mass":
-            position = (tf.math.log(position) - tf.math.log1p(-position)) / 32 + 0.5
-        cell = tf.math.floor(tf.clip_by_value(position, 0, 1) * self._cells)
-        # A NaN gets into one of the cells, and the result is NaN.
-        return tf.clip_by_value(tf.cast(cell, tf.int32), 0, self._cells - 1)
+            inner = tf.clip_by_value(position, 1e-7, 1 - 1e-7)  # Log-odds beyond -16 and 16.
+            position = (tf.math.log(inner) - tf.math.log1p(-inner)) / 32 + 0.5
+        # Rounding may lift a confidence above 1. A NaN gets into a cell, and the result is NaN.
+        return tf.clip_by_value(tf.cast(position * self._cells, tf.int32), 0, self._cells - 1)
 
     def result(self) -> tf.Tensor:
         """The calibration error of all batches, a scalar tensor; 0 before the first batch."""
@@ -160,8 +161,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         if self.binning == "width":
             return sums
         weight = sums[:, 0]
-        share = tf.linspace(tf.constant(0.0, tf.float64), 1.0, self.bins + 1)
-        ends = tf.reduce_sum(weight) * share[:, tf.newaxis]
+        ends = tf.reduce_sum(weight) * np.linspace(0, 1, self.bins + 1)[:, np.newaxis]
         # The part of each cell that is below each end, shape (bins + 1, cells).
         below = tf.math.divide_no_nan(ends - tf.cumsum(weight, exclusive=True), weight)
         below = tf.clip_by_value(below, 0, 1)
@@ -170,10 +170,3 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     def get_config(self) -> dict[str, Any]:
         config = {"bins": self.bins, "binning": self.binning, "from_logits": self.from_logits}
         return {**super().get_config(), **config}
-
-
-def _of_rank(x, rank):
-    """Weights of shape `(batch,)`, `(batch, 1)`, ... in the rank of the values that they weigh."""
-    if x.shape.rank > rank:
-        return tf.squeeze(x, axis=-1)
-    return tf.reshape(x, tf.concat([tf.shape(x), tf.ones([rank - x.shape.rank], tf.int32)], 0))
