@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dropmax import DropMaxHead, functional
-from tf_dropmax.objectives import LabelMasks, Objective, TrainingStep
+from tf_dropmax.head.variants import Label, TrainingStep, Variant
 
 
 class AblatedHead(DropMaxHead):
@@ -22,27 +22,35 @@ class AblatedHead(DropMaxHead):
             `True`.
         kl: Bool. `False` removes the KL divergence: (10), which is `-log rho_y`, and with
             `posterior="label"` also those of the non-targets. Defaults to `True`.
-        retain: Bool. `False` trains and predicts by the plain softmax (2). The retain branch has
-            its entropy term only. `masks`, `kl` and the posterior are then ignored. Defaults to
-            `True`.
+        beside_softmax: Bool. `True` trains and predicts by the plain softmax (2). The retain branch
+            has its entropy term only. `masks`, `kl` and the posterior are then ignored. Defaults to
+            `False`.
         **kwargs: Arguments of `DropMaxHead`.
     """
 
     def __init__(
-        self, units: int, masks: bool = True, kl: bool = True, retain: bool = True, **kwargs: Any
+        self,
+        units: int,
+        masks: bool = True,
+        kl: bool = True,
+        beside_softmax: bool = False,
+        **kwargs: Any,
     ):
-        # Before `super().__init__`, which makes the objective.
-        self.masks, self.kl, self.retain = masks, kl, retain
-        super().__init__(units, predict_mode="expected" if retain else "softmax", **kwargs)
+        # Before `super().__init__`, which makes the variant.
+        self.masks, self.kl, self.beside_softmax = masks, kl, beside_softmax
+        super().__init__(units, predict_mode="softmax" if beside_softmax else "expected", **kwargs)
 
-    def _make_objective(self) -> Objective:
-        if not self.retain:
+    def _make_variant(
+        self, retain_probability: float | None, stochastic: bool, posterior: str
+    ) -> Variant:
+        if self.beside_softmax:
             return EntropyBesideSoftmax()
-        partial = PartialLabel if self.posterior == "label" else PartialPrior
-        return partial(self.masks, self.kl)
+        if posterior == "label":
+            return (Label if self.kl else LabelWithoutDivergence)(stochastic=self.masks)
+        return PartialPrior(self.masks, self.kl)
 
 
-class PartialPrior:
+class PartialPrior(Variant):
     """The objective (15) with or without drawn masks and the KL divergence.
 
     Args:
@@ -65,38 +73,27 @@ class PartialPrior:
         return scores if self.kl else scores - tf.math.log_sigmoid(retain_logits), entropy
 
 
-class PartialLabel(LabelMasks):
-    """The objective of the label posterior with or without drawn masks and KL divergences.
-
-    Args:
-        masks, kl: As for `AblatedHead`.
-    """
-
-    def __init__(self, masks: bool, kl: bool):
-        super().__init__(stochastic=masks)
-        self.kl = kl
+class LabelWithoutDivergence(Label):
+    """The objective of the label posterior without the KL divergences."""
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         scores, entropy = super().scores_and_entropy(step)
-        return scores if self.kl else scores + self._divergences(step), entropy
+        return scores + self._divergences(step), entropy
 
     def _divergences(self, step):
-        """The KL divergences in the scores: that of the target and those of the others."""
+        """The KL divergences in the score of each class, as if that class were the target."""
         prior = step.branch("retain")
         posterior = functional.posterior_logits(prior, step.branch("auxiliary"))
         # `posterior_logits` holds the prior fixed, but the divergence has a gradient by it.
         posterior += prior - tf.stop_gradient(prior)
-        keep, log_prior, log_posterior = (
-            tf.sigmoid(posterior),
-            tf.math.log_sigmoid(prior),
-            tf.math.log_sigmoid(posterior),
-        )
+        keep, log_posterior = tf.sigmoid(posterior), tf.math.log_sigmoid(posterior)
+        log_prior = tf.math.log_sigmoid(prior)
         each = keep * (log_posterior - log_prior)
         each += (1 - keep) * (log_posterior - posterior - log_prior + prior)
         return tf.reduce_sum(each, axis=-1, keepdims=True) - each - log_prior
 
 
-class EntropyBesideSoftmax:
+class EntropyBesideSoftmax(Variant):
     """The plain softmax (2), and the entropy term of a retain branch that nothing else uses."""
 
     branches = ("retain",)

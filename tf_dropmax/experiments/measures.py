@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from scipy.special import log_softmax
 from sklearn.metrics import roc_auc_score
 
-from tf_dropmax import ExpectedCalibrationError, NegativeLogLikelihood
+from tf_dropmax import ExpectedCalibrationError
 from tf_dropmax.calibration import best_temperature
 
+MEASURES = ("error %", "NLL", "ECE %")
 
-def error(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Share of wrong predictions, in percent.
+
+def measures_of(log_probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The `MEASURES` by name.
 
     Args:
         log_probabilities: Array `(N, T)`.
         labels: Integer array `(N,)`.
 
     Returns:
-        Float.
+        Dictionary of the share of wrong predictions in percent; the mean of `-log p(label)`, in
+        nats; and the expected calibration error in percent, with 15 bins of equal width.
     """
-    return 100 * float(np.mean(log_probabilities.argmax(-1) != labels))
-
-
-def negative_log_likelihood(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of `-log p(label)`, in nats. Arguments and result are as for `error`."""
-    return _in_float64(NegativeLogLikelihood, log_probabilities, labels)
-
-
-def calibration_error(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Expected calibration error in percent, 15 bins of equal width. Arguments as for `error`."""
-    return 100 * _in_float64(ExpectedCalibrationError, log_probabilities, labels)
-
-
-def _in_float64(metric: Callable, log_probabilities: np.ndarray, labels: np.ndarray) -> float:
-    return float(metric(dtype="float64")(labels, log_probabilities.astype("float64")))
-
-
-MEASURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "error %": error,
-    "NLL": negative_log_likelihood,
-    "ECE %": calibration_error,
-}
-
-
-def measures_of(log_probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """All `MEASURES` by name. Arguments are as for `error`."""
-    return {name: measure(log_probabilities, labels) for name, measure in MEASURES.items()}
+    log_p = log_probabilities.astype("float64")
+    error = np.mean(log_p.argmax(-1) != labels)
+    likelihood = np.mean(log_p[np.arange(len(labels)), labels])
+    calibration = ExpectedCalibrationError(dtype="float64")(labels, log_p)
+    values = (100 * error, -likelihood, 100 * calibration)
+    return {name: float(value) for name, value in zip(MEASURES, values, strict=True)}
 
 
 def calibrated_measures(
@@ -57,17 +37,17 @@ def calibrated_measures(
     """The measures that a temperature changes, by names that start with "calibrated".
 
     Args:
-        log_probabilities, labels: As for `error`.
+        log_probabilities, labels: As for `measures_of`.
         temperature: Positive float, by which the log-probabilities are divided.
     """
-    log_p = log_softmax(log_probabilities / temperature, axis=-1)
-    return {f"calibrated {name}": MEASURES[name](log_p, labels) for name in ("NLL", "ECE %")}
+    found = measures_of(log_softmax(log_probabilities / temperature, axis=-1), labels)
+    return {f"calibrated {name}": found[name] for name in MEASURES[1:]}
 
 
 def fitted_temperature(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
     """The temperature that `calibrate` would fit, or 1.0 if a prediction is not finite.
 
-    Arguments are as for `error`.
+    Arguments are as for `measures_of`.
     """
     if not np.isfinite(log_probabilities).all():
         return 1.0  # The run diverged.

@@ -43,22 +43,17 @@ def mlp(
     return keras.Sequential([keras.Input(shape), layers.Flatten(), dense], name="features")
 
 
-def lenet(
-    shape: Shape,
-    seed: int,
-    l2: float = 0.0,
-    start: Start = keras.initializers.GlorotUniform,
-) -> keras.Model:
+def lenet(shape: Shape, seed: int, l2: float = 0.0, dropout: float = 0.0) -> keras.Model:
     """LeNet as in the authors' released code, with 500 features.
 
     It has 5 x 5 convolutions of 20 and 50 channels, each with pooling, and a layer of 500 units.
+    The initial weights are Glorot's, as in the released code.
 
     Args:
         shape, seed, l2: See the module.
-        start: Function from a seed to the initializer of a kernel. Defaults to Glorot's, as in the
-            released code. He's initial weights are more than four times as large in the first
-            layer, and the results differ.
+        dropout: Float in [0, 1), rate of a dropout of the features. Defaults to 0.0.
     """
+    start = keras.initializers.GlorotUniform
     stack = [
         keras.Input(shape),
         _convolution(20, start(seed), l2),
@@ -67,7 +62,24 @@ def lenet(
         layers.MaxPooling2D(),
         layers.Flatten(),
         _dense(500, start(seed + 2), l2),
+        layers.Dropout(dropout, seed=seed),
     ]
+    return keras.Sequential(stack, name="features")
+
+
+def cnn(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
+    """A small network as in many tutorials, with 64 features.
+
+    It has 3 x 3 convolutions of 32 and 64 channels, each with batch normalization and pooling, a
+    layer of 64 units, and a dropout of 0.5.
+    """
+    start = keras.initializers.GlorotUniform
+    stack = [keras.Input(shape)]
+    for number, channels in enumerate((32, 64)):
+        weights = _weights(start(seed + number), l2)
+        stack.append(layers.Conv2D(channels, 3, activation="relu", **weights))
+        stack += [layers.BatchNormalization(), layers.MaxPooling2D()]
+    stack += [layers.Flatten(), _dense(64, start(seed + 2), l2), layers.Dropout(0.5, seed=seed)]
     return keras.Sequential(stack, name="features")
 
 
@@ -93,32 +105,6 @@ def tutorial_cnn(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
         _dense(1024, start(seed + 2), **options),
         layers.Dropout(0.5, seed=seed),
     ]
-    return keras.Sequential(stack, name="features")
-
-
-def alexnet(shape: Shape, seed: int, l2: float = 0.0) -> keras.Model:
-    """AlexNet in one tower and without response normalisation, with 4,096 features.
-
-    It takes photographs of 227 x 227 pixels with values from 0 to 255.
-    """
-    stack = [keras.Input(shape), layers.Rescaling(1 / 255)]
-    convolutions = [  # channels, size, stride, whether pooling follows
-        (96, 11, 4, True),
-        (256, 5, 1, True),
-        (384, 3, 1, False),
-        (384, 3, 1, False),
-        (256, 3, 1, True),
-    ]
-    for number, (channels, size, stride, pool) in enumerate(convolutions):
-        options = {"padding": "valid" if number == 0 else "same", "activation": "relu"}
-        weights = _weights(keras.initializers.HeNormal(seed + number), l2)
-        stack.append(layers.Conv2D(channels, size, stride, **options, **weights))
-        if pool:
-            stack.append(layers.MaxPooling2D(3, 2))
-    stack.append(layers.Flatten())
-    for number in (5, 6):
-        stack.append(_dense(4096, keras.initializers.HeNormal(seed + number), l2))
-        stack.append(layers.Dropout(0.5, seed=seed + number))
     return keras.Sequential(stack, name="features")
 
 

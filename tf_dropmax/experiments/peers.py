@@ -8,21 +8,20 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_dropmax.seeds import next_seed
-
 Loss = Callable[[Any, tf.Tensor], tf.Tensor]
 
 
-def smoothed_cross_entropy(amount: float) -> Loss:
+def smoothed_cross_entropy(label_smoothing: float) -> Loss:
     """Cross entropy of logits with label smoothing (Szegedy et al. 2016).
 
     Args:
-        amount: Float in [0, 1]. All classes share this part of the probability of the label.
+        label_smoothing: Float in [0, 1]. All classes share this part of the probability.
 
     Returns:
         Function of sparse labels, shape `(batch,)` or `(batch, 1)`, and logits `(batch, T)`.
     """
-    smoothed = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=amount)
+    options = {"from_logits": True, "label_smoothing": label_smoothing}
+    smoothed = keras.losses.CategoricalCrossentropy(**options)
     return lambda labels, logits: smoothed(_one_hot(labels, logits), logits)
 
 
@@ -61,7 +60,7 @@ class HeteroscedasticHead(keras.layers.Layer):
         temperature: Positive float.
         factors: Positive int, rank of `V`. Defaults to 6.
         samples: Positive int. Defaults to 30.
-        seed: `None` or int. Defaults to `None`.
+        seed: Int. Defaults to 0.
         **kwargs: Arguments of `keras.layers.Dense`, for all three branches.
     """
 
@@ -71,7 +70,7 @@ class HeteroscedasticHead(keras.layers.Layer):
         temperature: float,
         factors: int = 6,
         samples: int = 30,
-        seed: int | None = None,
+        seed: int = 0,
         **kwargs: Any,
     ):
         super().__init__()
@@ -79,26 +78,18 @@ class HeteroscedasticHead(keras.layers.Layer):
         self.factors, self.samples = factors, samples
         self.branches = [
             keras.layers.Dense(
-                width,
-                kernel_initializer=keras.initializers.GlorotUniform(
-                    None if seed is None else seed + branch
-                ),
-                **kwargs,
+                width, kernel_initializer=keras.initializers.GlorotUniform(seed + branch), **kwargs
             )
             for branch, width in enumerate((units, units * factors, units))
         ]
         self.seeds = keras.random.SeedGenerator(seed)
-
-    def build(self, input_shape: Any) -> None:
-        for branch in self.branches:
-            branch.build(input_shape)
 
     def call(self, features: tf.Tensor) -> tf.Tensor:
         mean, factors, scale = (branch(features) for branch in self.branches)
         rows = tf.shape(mean)[0]
         factors = tf.reshape(factors, [rows, self.units, self.factors])
         shape = [self.samples, rows, self.units + self.factors]
-        noise = tf.random.stateless_normal(shape, next_seed(self.seeds), alg="philox")
+        noise = keras.random.normal(shape, seed=self.seeds)
         logits = mean + tf.nn.softplus(scale) * noise[..., : self.units]
         logits += tf.einsum("btr,sbr->sbt", factors, noise[..., self.units :])
         log_p = tf.nn.log_softmax(logits / self.temperature)

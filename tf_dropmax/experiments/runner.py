@@ -12,32 +12,24 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import tensorflow as tf
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress
 
-from tf_dropmax.experiments.errors import UserError, writing
+from tf_dropmax.experiments.console import UserError, writing
 
 Job = dict[str, Any]
 Result = dict[str, Any]
 Record = dict[str, Any]
-Executed = tuple[Job, Callable[[], Result]]
 
 
 def key(job: Job) -> str:
@@ -59,26 +51,24 @@ def read(path: Path | str) -> dict[str, Record]:
     """
     path = Path(path)
     records = {}
-    if path.exists():
-        lines = path.read_text().split("\n")
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                record = json.loads(line)
-                records[key(record["job"])] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number}, is not a result of this program ({error})."
-                ) from error
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            records[key(record["job"])] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}, is not a result of this program ({error})."
+            ) from error
     return records
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
     """The versions and the device, which are stored with every result."""
-    packages = ("tf_dropmax", "tensorflow", "keras", "numpy")
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: version(name) for name in ("tf_dropmax", "tensorflow", "keras", "numpy")},
         "commit": _commit(),
         "device": device(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
@@ -86,14 +76,10 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with a `+` if files have changed. `None` without a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this checkout, with `-dirty` if files have changed. `None` without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit, changes = (
-            subprocess.check_output([*git, *command.split()], stderr=subprocess.DEVNULL, text=True)
-            for command in ("rev-parse --short HEAD", "status --porcelain -- ..")
-        )
-        return commit.strip() + ("+" if changes.strip() else "")
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     return None
 
 
@@ -103,15 +89,9 @@ def device() -> str:
         tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
         for gpu in tf.config.list_physical_devices("GPU")
     ]
-    return ", ".join(names) or _processor()
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    processor = re.search(r"model name\s*: (.+)", path.read_text() if path.exists() else "")
+    return ", ".join(names) or (processor[1] if processor else platform.processor())
 
 
 def run(
@@ -137,32 +117,35 @@ def run(
 
     Raises:
         UserError: If the file cannot be read or written. After all other jobs have run: if a job
-            raised an exception, or killed its process and killed it again when it ran alone.
+            raised an exception. If a job kills its process, for example because memory is short,
+            the jobs that have not finished fail too. The next run repeats them.
     """
     path = Path(path)
     records = read(path)
     pending = [job for job in jobs if key(job) not in records]
     failures = []
-    if pending:
-        with (
-            _opened(path) as file,
-            _progress(console) as progress,
-            contextlib.closing(_executed(execute, pending, workers)) as executed,
-        ):
-            _cut_broken_line(file)
-            completed = len(jobs) - len(pending)
-            task = progress.add_task(path.stem, total=len(jobs), completed=completed)
-            for job, get in executed:
-                try:
-                    record = {"job": job, "result": get(), "environment": environment()}
-                except Exception as error:
-                    failures.append(f"{key(job)}: {error!r}")
-                    continue
-                file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                records[key(job)] = record
-                progress.advance(task)
+    with writing(f"The results file {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    # Jobs take minutes, so the remaining time is estimated from all jobs, not from 30 seconds.
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    progress = Progress(*columns, console=console, speed_estimate_period=1e6)
+    results = _results(execute, pending, workers)
+    with file, progress, contextlib.closing(results):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # A kill may have left half a line.
+        done = len(jobs) - len(pending)
+        task = progress.add_task(path.stem, total=len(jobs), completed=done)
+        for job, result in results:
+            try:
+                record = {"job": job, "result": result(), "environment": environment()}
+            except Exception as error:
+                failures.append(f"{key(job)}: {error!r}")
+                continue
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            records[key(job)] = record
+            progress.advance(task)
     if failures:
         raise UserError(
             f"{len(failures)} of {len(jobs)} jobs failed. The results of the others are in {path}. "
@@ -171,95 +154,33 @@ def run(
     return [records[key(job)] for job in jobs]
 
 
-def _opened(path: Path) -> BinaryIO:
-    with writing(f"The results file {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+b")
-
-
-def _progress(console: Console | None) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    # Jobs take minutes, so the remaining time is estimated from all jobs, not from 30 seconds.
-    return Progress(*columns, console=console, speed_estimate_period=1e6)
-
-
-def _executed(
+def _results(
     execute: Callable[[Job], Result], jobs: Sequence[Job], workers: int
-) -> Generator[Executed, None, None]:
+) -> Generator[tuple[Job, Callable[[], Result]], None, None]:
     """Yields every finished job with a function that returns its result or raises its error."""
-    if workers == 1:
-        for job in jobs:
-            yield job, functools.partial(execute, job)
+    if workers == 1 or not jobs:
+        yield from ((job, functools.partial(execute, job)) for job in jobs)
         return
-    alone = []
-    while jobs:
-        broken = yield from _in_pool(execute, jobs, workers)
-        # Jobs start in order. One of the first `workers` of these jobs has killed the process, for
-        # example because memory was short. Running them alone shows which one.
-        alone += broken[:workers]
-        jobs = [job for job, _ in broken[workers:]]
-    for job, _ in alone:
-        broken = yield from _in_pool(execute, [job], workers)
-        yield from ((job, future.result) for job, future in broken)
-
-
-def _in_pool(
-    execute: Callable[[Job], Result], jobs: Sequence[Job], workers: int
-) -> Generator[Executed, None, list[tuple[Job, Future]]]:
-    """Yields as `_executed`. Returns the jobs whose process was killed, in order."""
-
-    def killed(future):
-        return isinstance(future.exception(), BrokenProcessPool)
-
-    with _pool(workers) as pool, _ended_by_exceptions(pool):
-        futures = {pool.submit(execute, job): job for job in jobs}
-        for future in as_completed(futures):
-            if not killed(future):
-                yield futures[future], future.result
-    return [(job, future) for future, job in futures.items() if killed(future)]
-
-
-@contextlib.contextmanager
-def _ended_by_exceptions(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """After an exception, such as Ctrl-C, the workers end at once and not after all their jobs."""
-    try:
-        yield
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
     threads = str(max((os.cpu_count() or 1) // workers, 1))
     for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ[variable] = threads
     # Otherwise the first worker takes all memory of a GPU.
     os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    try:
+        futures = {pool.submit(execute, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
     """Ends a worker when the program that started it is killed. It would not notice by itself."""
 
-    def wait():
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+    def wait(parent):
+        parent.join()
+        os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _cut_broken_line(file: BinaryIO) -> None:
-    """Removes a last line that is incomplete because the writing process was killed."""
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
+    threading.Thread(target=wait, args=[multiprocessing.parent_process()], daemon=True).start()

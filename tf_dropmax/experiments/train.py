@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+import json
+import time
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +16,14 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dropmax.experiments import data, networks
-from tf_dropmax.experiments.checkpoint import Checkpoint
 from tf_dropmax.experiments.measures import (
     calibrated_measures,
     fitted_temperature,
     measures_of,
     out_of_scope_auroc,
 )
-from tf_dropmax.experiments.runner import Job
-from tf_dropmax.experiments.systems import ALL
+from tf_dropmax.experiments.runner import Job, key
+from tf_dropmax.experiments.systems import ALL, logits
 
 
 class Column(NamedTuple):
@@ -65,18 +67,15 @@ class Protocol(NamedTuple):
     learns_features: bool = True
 
 
-# The iterations are 200 epochs of the 1,000 and 5,000 images of MNIST, 1,000 epochs of the 200
-# fours and nines, and 60 epochs of Omniglot.
+# The iterations are 200 epochs of the 1,000 and 5,000 images of MNIST, and 60 epochs of Omniglot.
 COLUMNS = {
     "mnist-1k": Column("mnist", 10, 100, 100, 5000, 2000),
     "mnist-5k": Column("mnist", 10, 500, 500, 5000, 10_000),
     "mnist-55k": Column("mnist", 10, None, None, 5000, 20_000),
     "omniglot-242": Column("omniglot242", 242, 15, 12, 726, 2220),
-    "mnist-4-9": Column("mnist49", 2, 100, 100, 2000, 2000),
     "omniglot-968": Column("omniglot968", 968, 15, 12, 2904, 8760),
     "cifar-10": Column("cifar10", 10, None, None, 5000, 64_000),
     "cifar-100": Column("cifar100", 100, None, None, 5000, 64_000),
-    "awa2": Column("awa2", 50, None, None, 5000, 20_000),
     "cifar-10-5k": Column("cifar10_jpeg", 10, 500, 500, 5000, 4000),
     "digits": Column("digits", 10, 30, 30, 300, 600),
     "banking77-5": Column("banking77", 77, 5, 5, 2000, 1000),
@@ -86,16 +85,15 @@ COLUMNS = {
     "clinc150-10": Column("clinc150", 150, 10, 10, 3000, 1000),
     "clinc150": Column("clinc150", 150, None, None, 3000, 3000),
 }
-_lenet_he = partial(networks.lenet, start=keras.initializers.HeNormal)
 _hidden = partial(networks.mlp, width=512, start=keras.initializers.GlorotUniform)
-# The schedules of the residual networks (for CIFAR) and "alexnet" (for AwA2) are not the authors'.
-# "linear" and "hidden" are for embeddings.
+# The schedules of the residual networks (for CIFAR) are not the authors'.
+# "cnn" is a network as in tutorials. "linear" and "hidden" are for embeddings.
 PROTOCOLS = {
     "paper": Protocol(networks.tutorial_cnn, 50, 1e-4, False, 20_000),
     "released": Protocol(networks.lenet, 100, 1e-3, True, None),
-    "released-he": Protocol(_lenet_he, 100, 1e-3, True, None),
+    "released-dropout": Protocol(partial(networks.lenet, dropout=0.5), 100, 1e-3, True, None),
+    "cnn": Protocol(networks.cnn, 32, 1e-3, False, None),
     "resnet": Protocol(networks.resnet34, 128, 1e-3, True, None),
-    "alexnet": Protocol(networks.alexnet, 128, 1e-4, True, None),
     "small-resnet": Protocol(networks.resnet14, 128, 1e-3, True, None),
     "small": Protocol(networks.mlp, 50, 1e-3, True, None),
     "linear": Protocol(networks.identity, 100, 1e-3, True, None, learns_features=False),
@@ -104,12 +102,71 @@ PROTOCOLS = {
 _CURVE_POINTS = 24  # Their steps form a geometric series.
 
 
+class Checkpoint(keras.callbacks.Callback):
+    """Records the course of a training run, and saves it between epochs, at most every 20 seconds.
+
+    A kill at any moment leaves the last complete save.
+
+    Args:
+        path: Path of the file for the saves. `None` saves nothing.
+        measure_after: The numbers of the epochs, from 1, after which `measure` is called.
+        measure: Function without arguments that returns a dictionary of JSON values.
+
+    Attributes:
+        state: Dictionary of `"loss"`, the training loss of every epoch; `"seconds"` of training;
+            and `"curve"`, if anything was measured, the results of `measure` with their `"step"`.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        measure_after: Collection[int],
+        measure: Callable[[], dict[str, Any]],
+    ):
+        super().__init__()
+        self.path, self.measure_after, self.measure = path, measure_after, measure
+        self.state: dict[str, Any] = {"loss": [], "seconds": 0.0}
+        self.started = self.saved = time.monotonic()
+
+    def restore(self, model: keras.Model) -> int:
+        """Loads the last save, if there is one, and returns the number of its epochs."""
+        model.optimizer.build(model.trainable_variables)
+        if self.path and self.path.exists():
+            with np.load(self.path) as file:
+                self.state = json.loads(str(file["state"]))
+                for number, variable in enumerate(_variables(model)):
+                    variable.assign(file[f"arr_{number}"])
+        return len(self.state["loss"])
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.started = time.monotonic()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.state["seconds"] += time.monotonic() - self.started
+        self.state["loss"].append(float(logs["loss"]))
+        if epoch + 1 in self.measure_after:
+            step = int(self.model.optimizer.iterations)
+            self.state.setdefault("curve", []).append({"step": step, **self.measure()})
+        if self.path and time.monotonic() - self.saved > 20:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            arrays = [variable.numpy() for variable in _variables(self.model)]
+            temporary = self.path.with_suffix(".part")
+            with temporary.open("wb") as file:
+                np.savez(file, *arrays, state=np.array(json.dumps(self.state)))
+            temporary.replace(self.path)
+            self.saved = time.monotonic()
+
+
+def _variables(model):
+    """The weights, the states of random numbers, and the state of the optimizer."""
+    return [*model.variables, *model.optimizer.variables]
+
+
 def execute(job: Job, folder: Path | str | None = None) -> dict[str, Any]:
     """Trains and measures.
 
-    A resumed run gives the same result as one without interruption, with two exceptions. Dropout
-    and the sampled softmax restart their streams of random numbers. The sampled softmax also
-    restarts its counts.
+    A resumed run gives the same result as one without interruption, with one exception. The sampled
+    softmax restarts its stream of random numbers and its counts.
 
     Args:
         job: `{"column", "protocol", "iterations", "method", "settings", "seed", "phase"}`. Phase
@@ -118,8 +175,6 @@ def execute(job: Job, folder: Path | str | None = None) -> dict[str, Any]:
             The settings contain `"l2"`, the weight decay, and may contain `"feature_decay"`, the
             weight of an L2 penalty of the features (`keras.layers.ActivityRegularization`). The
             optional `"temperatures"`, `{row: temperature}`, are those of the calibrated measures.
-            The optional `"weights"` is the path of a `.weights.h5` file from which the network
-            without its head starts. Otherwise it starts from random weights.
         folder: Path of the folder for checkpoints, from which a killed run continues, or `None`.
             Defaults to `None`.
 
@@ -137,17 +192,18 @@ def execute(job: Job, folder: Path | str | None = None) -> dict[str, Any]:
     model = _compiled_model(job, dataset)
     steps = -(-len(split.train[1]) // protocol.batch)
     epochs = -(-job["iterations"] // steps)
-    rows = system.rows
-    first_row = next(iter(rows))
+    first_row = next(iter(system.rows.values()))
 
     def measure():
         parts = {"train": split.train, "test": split.test}
-        return {name: measures_of(rows[first_row](model, x), y) for name, (x, y) in parts.items()}
+        return {name: measures_of(first_row(model, x), y) for name, (x, y) in parts.items()}
 
     measure_after = set()
     if job["phase"] == "curve":
         measure_after = {round(epoch) for epoch in np.geomspace(1, epochs, _CURVE_POINTS)}
-    checkpoint = Checkpoint(folder, job, measure_after, measure)
+    name = hashlib.sha256(key(job).encode()).hexdigest()[:16]
+    path = None if folder is None else Path(folder) / f"{name}.npz"
+    checkpoint = Checkpoint(path, measure_after, measure)
     first = checkpoint.restore(model)
     model.fit(
         _batches(split.train, protocol.batch, seed, range(first, epochs)),
@@ -158,41 +214,33 @@ def execute(job: Job, folder: Path | str | None = None) -> dict[str, Any]:
         verbose=0,
         callbacks=[checkpoint],
     )
-    seconds = checkpoint.seconds()
+    result = {**checkpoint.state, "steps": steps * epochs}
     x, y = split.validation if job["phase"] == "search" else split.test
-    predictions = {row: predict(model, x) for row, predict in rows.items()}
+    predictions = {row: predict(model, x) for row, predict in system.rows.items()}
     measures = {row: measures_of(log_p, y) for row, log_p in predictions.items()}
-    result: dict[str, Any] = {"measures": measures, "loss": checkpoint.losses}
     if job["phase"] == "search":
         result["temperatures"] = {
             row: fitted_temperature(log_p, y) for row, log_p in predictions.items()
         }
-    for row, temperature in job.get("temperatures", {}).items():
-        measures[row] |= calibrated_measures(predictions[row], y, temperature)
-    if job["phase"] != "search" and dataset.x_out_of_scope is not None:
+    elif dataset.x_out_of_scope is not None:
         for row, measured in _out_of_scope(system, model, x, dataset.x_out_of_scope).items():
             measures[row] |= measured
-    if job["phase"] == "curve":
-        result["curve"] = checkpoint.curve
-    checkpoint.remove()
-    return {**result, "seconds": seconds, "steps": steps * epochs}
+    for row, temperature in job.get("temperatures", {}).items():
+        measures[row] |= calibrated_measures(predictions[row], y, temperature)
+    if path:
+        path.unlink(missing_ok=True)
+    return {"measures": measures, **result}
 
 
-def _out_of_scope(system, model, known, unknown):
+def _out_of_scope(system, model, *parts):
     """`{row: {measure: number}}`. The logits are the same for every way to predict."""
-
-    def auroc(score):
-        return out_of_scope_auroc(score(known), score(unknown))
-
-    def certainty(predict, x):
-        log_p = predict(model, x)
-        return np.sum(np.exp(log_p) * log_p, axis=-1)
-
-    by_logit = auroc(lambda x: system.logits(model, x).max(axis=-1))
-    return {
-        row: {"AUROC %, logit": by_logit, "AUROC %, entropy": auroc(partial(certainty, predict))}
-        for row, predict in system.rows.items()
-    }
+    by_logit = out_of_scope_auroc(*(logits(model, x).max(axis=-1) for x in parts))
+    found = {}
+    for row, predict in system.rows.items():
+        log_ps = [predict(model, x) for x in parts]
+        by_entropy = out_of_scope_auroc(*(np.sum(np.exp(log_p) * log_p, -1) for log_p in log_ps))
+        found[row] = {"AUROC %, logit": by_logit, "AUROC %, entropy": by_entropy}
+    return found
 
 
 def _compiled_model(job: Job, dataset: data.Dataset) -> keras.Model:
@@ -200,8 +248,6 @@ def _compiled_model(job: Job, dataset: data.Dataset) -> keras.Model:
     settings = dict(job["settings"])
     l2, feature_decay = settings.pop("l2"), settings.pop("feature_decay", 0.0)
     features = protocol.network(dataset.x.shape[1:], job["seed"], l2)
-    if "weights" in job:
-        features.load_weights(job["weights"])
     if feature_decay:
         penalty = keras.layers.ActivityRegularization(l2=feature_decay)
         features = keras.Sequential([features, penalty])
