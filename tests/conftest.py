@@ -38,6 +38,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def _float32():
     yield
+    keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
 
 

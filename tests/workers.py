@@ -5,17 +5,19 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
 import keras_tuner
 import numpy as np
 import tensorflow as tf
+from models import MODES, VARIANTS
 
 import tf_dropmax
 from tf_dropmax import tuning
 
-FOLDER = Path(sys.argv[2])
+FOLDER = Path(sys.argv[-1])
 
 
 def data():
@@ -29,51 +31,6 @@ def model(**kwargs):
     model = keras.Sequential([keras.Input((5,)), tf_dropmax.DropMaxHead(3, seed=1, **kwargs)])
     model.compile(keras.optimizers.Adam(0.05), tf_dropmax.DropMaxLoss(), metrics=["accuracy"])
     return model
-
-
-def multi_worker():
-    """Trains the head with and without masks. In a folder `lost` it trains only without masks.
-
-    It kills itself during an epoch if there is a file `kill-INDEX`.
-    """
-    index, strategy = 0, tf.distribute.get_strategy()
-    if "TF_CONFIG" in os.environ:
-        index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    batches = tf.data.Dataset.from_tensor_slices(data()).batch(16)
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    batches = batches.with_options(options)
-    result = {}
-    for name, stochastic in (("deterministic", False), ("stochastic", True)):
-        if stochastic and FOLDER.name == "lost":
-            continue
-        with strategy.scope():
-            head = model(stochastic=stochastic)
-
-        def end(batch, logs, index=index, head=head):
-            kill = FOLDER / f"kill-{index}"
-            # Step 10 is in the third epoch of 4 steps.
-            if kill.exists() and int(head.optimizer.iterations.numpy()) == 10:
-                kill.unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        callbacks = [
-            keras.callbacks.LambdaCallback(on_train_batch_end=end),
-            keras.callbacks.BackupAndRestore(FOLDER / f"{name}-{index}", double_checkpoint=True),
-        ]
-        with tf_dropmax.multi_worker(head):
-            history = head.fit(
-                batches, epochs=6, validation_data=batches, verbose=0, callbacks=callbacks
-            ).history
-            p = np.exp(head.predict(batches, verbose=0))
-        result[name] = {
-            "history": history,
-            "weights": [weight.tolist() for weight in head.get_weights()],
-            "steps": int(head.optimizer.iterations.numpy()),
-            "rows": len(p),
-        }
-    (FOLDER / f"result-{index}.json").write_text(json.dumps(result))
 
 
 def killed():
@@ -143,6 +100,56 @@ def search():
         "entropy_weight": tuner.get_best_hyperparameters()[0].get("entropy_weight"),
     }
     (FOLDER / "result.json").write_text(json.dumps(result))
+
+
+def predictions(name):
+    """What a trained head of a variant predicts in every mode. The modes do not depend on it."""
+    x, y = data()
+    head = model(**VARIANTS[name])
+    metrics = [
+        "accuracy",
+        tf_dropmax.NegativeLogLikelihood(),
+        tf_dropmax.BrierScore(),
+        tf_dropmax.ExpectedCalibrationError(),
+    ]
+    head.compile(keras.optimizers.Adam(0.2), tf_dropmax.DropMaxLoss(), metrics=metrics)
+    head.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
+    result = []
+    for mode in MODES if name == "prior" else ["expected"]:
+        head.layers[-1].predict_mode = mode
+        result.append(np.exp(head.predict(x, verbose=0)).tolist())
+    return result
+
+
+def baselines(_=None):
+    """Trains with the losses of the other systems."""
+    for loss in (tf_dropmax.SparsemaxLoss(), tf_dropmax.SampledSoftmaxLoss(0.5, seed=1)):
+        dense = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+        dense.compile("sgd", loss)
+        assert np.isfinite(dense.fit(*data(), verbose=0).history["loss"][0])
+
+
+def _write_predictions(map_):
+    """Runs both functions by a function like `map`."""
+    result = {name: list(map_(predictions, [name])) for name in VARIANTS}
+    list(map_(baselines, [None]))
+    (FOLDER / "result.json").write_text(json.dumps(result))
+
+
+def threads():
+    """Four threads train and use a head of their own at the same time, nothing traced before."""
+    with ThreadPoolExecutor(4) as pool:
+        _write_predictions(lambda function, arguments: pool.map(function, 4 * arguments))
+
+
+def check_numerics():
+    tf.debugging.enable_check_numerics()
+    _write_predictions(map)
+
+
+def numpy_behavior():
+    tf.experimental.numpy.experimental_enable_numpy_behavior()
+    _write_predictions(map)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import pytest
 import tensorflow as tf
 import tf2onnx
 from ai_edge_litert.interpreter import Interpreter
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from packaging.version import Version
 
 import tf_dropmax
@@ -46,7 +48,7 @@ def build(shape=(6,), **kwargs):
     """Retain probabilities of all sizes, as if it was trained."""
     initializers = {
         "kernel_initializer": "random_normal",
-        "retain_kernel_initializer": keras.initializers.RandomNormal(0, 2),
+        "retain": {"kernel_initializer": keras.initializers.RandomNormal(0, 2)},
     }
     return keras.Sequential(
         [
@@ -118,23 +120,64 @@ def convert_to_onnx(model, path):
         tf2onnx.convert.from_function(tf.function(model), signature, output_path=str(path))
 
 
-WRITERS = {
-    "export to onnx": lambda model, path: write(model, path, "onnx"),
-    "export to litert": lambda model, path: write(model, path, "litert"),
-    "tf2onnx": convert_to_onnx,
-    "TFLiteConverter": convert_to_litert,
-}
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_what_cannot_draw_masks_is_an_error_and_no_file(tmp_path, writer):
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [("onnx", InvalidGraph, "No Op registered"), ("litert", RuntimeError, "Flex delegate")],
+)
+def test_what_cannot_draw_masks_does_not_load(exported, kind, error, message):
+    """These formats have no random numbers that a seed determines."""
     model = build(predict_mode="sampled")
     model(np.ones((1, 6), "float32"))  # Keras exports no model to ONNX that was never called.
-    path = tmp_path / f"model.{'onnx' if 'onnx' in writer else 'tflite'}"
-    with pytest.raises(Exception, match=r"qint32|func\.return") as error:
-        WRITERS[writer](model, path)
-    assert error.typename == ("KeyError" if "onnx" in writer else "ConverterError")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(error, match=message):
+        exported(model, kind)(np.ones((1, 6), "float32"))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("mode", ["expected", "softmax"])
+def test_litert_with_16_bit_activations(blobs, mode, static):
+    x = blobs[0][:64]
+    model = build(predict_mode=mode, kernel_initializer=keras.initializers.RandomNormal(0, 1))
+    signature = tf.TensorSpec((1 if static else None, 6))
+    function = tf.function(lambda x: model(x))
+    traced = function.get_concrete_function(signature)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([traced], function)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([row[np.newaxis]] for row in blobs[0])
+    converter.target_spec.supported_ops = [
+        tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8,
+        tf.lite.OpsSet.TFLITE_BUILTINS,  # LiteRT computes the log-softmax with floats.
+    ]
+    interpreter = Interpreter(model_content=converter.convert())
+    interpreter.allocate_tensors()
+    (given,), (wanted,) = interpreter.get_input_details(), interpreter.get_output_details()
+    found = []
+    for row in x:
+        interpreter.set_tensor(given["index"], row[np.newaxis])
+        interpreter.invoke()
+        found.append(interpreter.get_tensor(wanted["index"])[0])
+    expected = np.exp(model(x))
+    assert expected.std(0).max() > 0.1
+    np.testing.assert_allclose(np.exp(found), expected, atol=0.02)
+
+
+def as_onnx(model, **kwargs):
+    signature = [tf.TensorSpec((None, 6), tf.float32, name="x")]
+    return tf2onnx.convert.from_function(tf.function(model), signature, **kwargs)[0]
+
+
+@pytest.mark.parametrize("mode", ["expected", "exact", "softmax"])
+def test_onnx_with_the_smallest_set_of_operations(tmp_path, blobs, mode):
+    model, path = build(predict_mode=mode), str(tmp_path / "model.onnx")
+    as_onnx(model, opset=8, output_path=path)
+    agree(model, onnx(path), blobs[0])
+
+
+@pytest.mark.parametrize("mode", ["expected", "softmax"])  # The conversion breaks loops.
+def test_onnx_in_float16(blobs, mode):
+    model, (x, _) = build(predict_mode=mode), blobs
+    small = convert_float_to_float16(as_onnx(model)).SerializeToString()
+    (found,) = onnxruntime.InferenceSession(small).run(None, {"x": x.astype("float16")})
+    np.testing.assert_allclose(np.exp(found), np.exp(model(x)), atol=0.01)
 
 
 def test_other_ways_to_export_give_the_mode_too(tmp_path, blobs):

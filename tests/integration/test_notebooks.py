@@ -11,17 +11,18 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, tmp_path):
-    shutil.copytree(FOLDER / "data", tmp_path / "data")
+    shutil.copytree(ROOT / "notebooks" / "data", tmp_path / "notebooks" / "data")
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     notebook = nbformat.read(path, as_version=4)
     stored = [outputs(cell) for cell in notebook.cells]
-    place = {"metadata": {"path": tmp_path}}
+    place = {"metadata": {"path": tmp_path / "notebooks"}}
     client = NotebookClient(
         notebook, timeout=170, resources=place, record_timing=False, coalesce_streams=True
     )

@@ -222,7 +222,7 @@ def test_a_class_of_another_package_is_not_run(saved, tmp_path, monkeypatch, whe
                 chosen = {
                     "layer": head,
                     "loss": config["compile_config"]["loss"],
-                    "initializer": head["config"]["retain_kernel_initializer"],
+                    "initializer": head["config"]["retain"]["kernel_initializer"],
                 }[where]
                 chosen.update(module="strange_package", class_name="Strange", registered_name=None)
                 content = json.dumps(config).encode()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from keras_tuner import HyperParameters
 from packaging.version import Version
 
-from tf_dropmax import DropMaxHead, tuning
+from tf_dropmax import tuning
 from tf_dropmax.tuning import DropMaxHyperModel, dropmax_head
 
 WORKERS = Path(__file__).parents[1] / "workers.py"
@@ -46,95 +48,71 @@ def test_the_space():
     space = HyperParameters()
     dropmax_head(space, 3)
     (entropy_weight,) = space.space
-    draws = [entropy_weight.random_sample(seed) for seed in range(2000)]
-    assert 0.01 <= min(draws) < 0.0105
-    assert 9.5 < max(draws) <= 10
-    quartiles = np.quantile(np.log10(draws), [0.25, 0.5, 0.75])
-    np.testing.assert_allclose(quartiles, [-1.25, -0.5, 0.25], atol=0.15)
-
-    many = HyperParameters()
-    dropmax_head(many, 3000)
-    default = DropMaxHead(3000).entropy_weight
-    (entropy_weight,) = many.space
-    found = [entropy_weight.min_value, entropy_weight.default, entropy_weight.max_value]
-    np.testing.assert_allclose(found, [default / 100, default, 10 * default])
-
+    draws = np.log10([entropy_weight.random_sample(seed) for seed in range(2000)])
+    quantiles = np.quantile(draws, [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(quantiles, [-2, -1.25, -0.5, 0.25, 1], atol=0.15)
+    assert -2 <= draws.min() < draws.max() <= 1
     dropmax_head(space, 3, tune=tuning.TUNABLE)
-    values = {"entropy_weight": 1.0, "temperature": 0.1, "posterior": "prior", "retain_l2": 0.0}
-    assert space.values == values
-    names = ["entropy_weight", "temperature", "posterior", "auxiliary_weight", "retain_l2"]
-    assert [entry.name for entry in space.space] == names
-    auxiliary_weight = space.space[3]
-    found = [auxiliary_weight.min_value, auxiliary_weight.default, auxiliary_weight.max_value]
-    np.testing.assert_allclose(found, [0.01, 0.1, 1.0])
-
-
-def test_the_head_has_the_values_of_the_space():
-    space = HyperParameters()
-    space.values = {
-        "entropy_weight": 3.0,
-        "temperature": 0.5,
-        "posterior": "label",
-        "auxiliary_weight": 0.03,
-        "retain_l2": 1e-3,
+    assert space.values == {
+        "entropy_weight": 1.0,
+        "temperature": 0.1,
+        "posterior": "prior",
+        "retain_l2": 0.0,
     }
-    head = dropmax_head(space, 3, tune=tuning.TUNABLE, name="mine")
-    assert (head.units, head.name, head.posterior) == (3, "mine", "label")
-    found = [float(head.entropy_weight), float(head.temperature), float(head.auxiliary_weight)]
-    np.testing.assert_allclose(found, [3.0, 0.5, 0.03], rtol=1e-6)
-    assert head.retain_kernel_regularizer.l2 == pytest.approx(1e-3)
-    assert head.kernel_regularizer is None
-
-    space.values = {**space.values, "posterior": "prior", "retain_l2": 0.0}
-    head = dropmax_head(space, 3, tune=tuning.TUNABLE)
-    assert (head.posterior, head.retain_kernel_regularizer) == ("prior", None)
-    for stochastic in (False, np.bool_(False)):
-        head = dropmax_head(HyperParameters(), 3, tune=["posterior"], stochastic=stochastic)
-        assert head.stochastic is False
-    with space.name_scope("second"):
-        assert float(dropmax_head(space, 3).entropy_weight) == 1.0
 
 
 @pytest.mark.parametrize(
-    ("tune", "kwargs", "message"),
-    [
-        ("entropy_weight", {}, "must be a collection of names.*tune='entropy_weight'"),
-        (["units"], {}, "must be a collection of names"),
-        (
-            ["entropy_weight"],
-            {"retain_probability": 0.4},
-            "must not contain names that have no effect",
-        ),
-        (
-            ["posterior", "temperature"],
-            {"stochastic": False},
-            r"no effect.*Received: tune=\['temperature'\]",
-        ),
-    ],
+    ("units", "entropy_weight", "auxiliary_weight"),
+    [(3, (0.01, 1, 10), (0.01, 0.1, 1)), (3000, (1e-4, 1e-2, 0.1), (1e-4, 1e-3, 1e-2))],
 )
-def test_what_cannot_be_tuned(tune, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        dropmax_head(HyperParameters(), 3, tune=tune, **kwargs)
-    with pytest.raises(ValueError, match=message):  # before the first trial
-        DropMaxHyperModel(features, 3, tune=tune, **kwargs)
+def test_the_ranges_depend_on_the_number_of_classes(units, entropy_weight, auxiliary_weight):
+    space = HyperParameters()
+    dropmax_head(space, units, tune=["entropy_weight", "posterior"])
+    for entry, expected in ((space.space[0], entropy_weight), (space.space[2], auxiliary_weight)):
+        found = [entry.min_value, entry.default, entry.max_value]
+        np.testing.assert_allclose(found, expected)
 
 
-def test_wrong_arguments():
-    for tune, given in (("entropy_weight", "entropy_weight"), ("posterior", "auxiliary_weight")):
-        with pytest.raises(TypeError, match=f"multiple values for keyword argument '{given}'"):
-            dropmax_head(HyperParameters(), 3, tune=[tune], **{given: 1.0})
-    with pytest.raises(ValueError, match="`units` must be a positive int"):
-        DropMaxHyperModel(features, 0)
-    with pytest.raises(ValueError, match="`features` must be a function"):
-        DropMaxHyperModel(features(None), 3)
-    with pytest.raises(ValueError, match="an optimizer of its own"):
-        DropMaxHyperModel(features, 3, optimizer=keras.optimizers.Adam())
-    for model in (None, keras.Sequential([keras.layers.Dense(3)])):
-        with pytest.raises(ValueError, match="`features` must return a functional or sequential"):
-            DropMaxHyperModel(lambda hp, model=model: model, 3).build(HyperParameters())
-    x = keras.Input((6,))
-    with pytest.raises(ValueError, match=r"a model with one output\. Received: 2 outputs"):
-        DropMaxHyperModel(lambda hp: keras.Model(x, [x + 1, x + 2]), 3).build(HyperParameters())
+def test_the_head_has_the_values_of_the_space():
+    values = {"entropy_weight": 3.0, "temperature": 0.5, "auxiliary_weight": 0.03}
+    space = HyperParameters()
+    space.values = {**values, "posterior": "label", "retain_l2": 1e-3}
+    head = dropmax_head(space, 3, tune=tuning.TUNABLE, name="mine")
+    assert (head.units, head.name, head.posterior) == (3, "mine", "label")
+    config = head.get_config()
+    assert {name: config[name] for name in values} == pytest.approx(values)
+    assert head.branches["retain"].kernel_regularizer.l2 == pytest.approx(1e-3)
+    assert head.branches["classes"].kernel_regularizer is None
+
+    space.values = {**space.values, "posterior": "prior", "retain_l2": 0.0}
+    head = dropmax_head(space, 3, tune=tuning.TUNABLE)
+    assert (head.posterior, head.branches["retain"].kernel_regularizer) == ("prior", None)
+    with space.name_scope("second"):
+        assert dropmax_head(space, 3).get_config()["entropy_weight"] == 1.0
+
+
+@pytest.mark.parametrize("tune", ["temperature", ["units"]])
+def test_what_cannot_be_tuned(tune):
+    with pytest.raises(ValueError, match=f"must be names out of .*tune={re.escape(repr(tune))}"):
+        dropmax_head(HyperParameters(), 3, tune=tune)
+
+
+@pytest.mark.parametrize("given", ["entropy_weight", "auxiliary_weight"])
+def test_a_tuned_setting_cannot_be_given(given):
+    with pytest.raises(TypeError, match=f"multiple values for keyword argument '{given}'"):
+        dropmax_head(HyperParameters(), 3, tune=["entropy_weight", "posterior"], **{given: 1.0})
+
+
+def test_a_hypermodel_can_be_pickled(rng):
+    arguments = {"tune": [*tuning.TUNABLE, "feature_decay"], "seed": 0, "kernel_regularizer": "l2"}
+    one = DropMaxHyperModel(features, 3, optimizer=adam, **arguments)
+    other = pickle.loads(pickle.dumps(one))
+    x = rng.normal(size=(5, 6)).astype("float32")
+    spaces = [HyperParameters() for _ in range(2)]
+    models = [hm.build(hp) for hm, hp in zip((one, other), spaces, strict=True)]
+    assert spaces[0].get_config() == spaces[1].get_config()
+    np.testing.assert_array_equal(models[0](x), models[1](x))
+    assert other.objective == one.objective
 
 
 def test_a_hypermodel_does_not_start_tensorflow():
@@ -157,12 +135,11 @@ def test_the_penalty_of_the_features(rng):
     tune = ["feature_decay", "entropy_weight"]
     space = HyperParameters()
     x = rng.normal(size=(5, 6)).astype("float32")
-    model = DropMaxHyperModel(features, 4, tune=tune).build(space)
+    hypermodel = DropMaxHyperModel(features, 4, tune=tune, retain={"kernel_initializer": "zeros"})
+    hypermodel.build(space)
     assert space.values == {"feature_decay": 0.0, "entropy_weight": 1.0}
     space.values["feature_decay"] = 0.1
-    model = DropMaxHyperModel(features, 4, tune=tune, retain_kernel_initializer="zeros").build(
-        space
-    )
+    model = hypermodel.build(space)
     penalty = model.layers[-2]
     hidden = keras.Model(model.input, penalty.input)(x).numpy()
     model(x, training=True)
@@ -171,26 +148,6 @@ def test_the_penalty_of_the_features(rng):
     entropy = 4 * np.log(2)
     expected = 0.1 * np.square(hidden).sum() / batch - entropy
     assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
-
-    def frozen(hp):
-        model = features(hp)
-        model.trainable = False
-        return model
-
-    with pytest.raises(ValueError, match='"feature_decay" if the features have no trainable'):
-        DropMaxHyperModel(frozen, 4, tune=tune).build(HyperParameters())
-
-
-def test_trials_do_not_share_trained_weights(tmp_path, blobs):
-    one = features(None)
-    hypermodel = Quick(lambda hp: one, 4)
-    objective = hypermodel.objective
-    tuner = keras_tuner.RandomSearch(hypermodel, objective, max_trials=2, directory=tmp_path)
-    with pytest.raises(ValueError, match="`features` must return a new model at every call"):
-        tuner.search(*blobs, validation_data=blobs, verbose=0)
-    one.trainable = False  # Frozen features may be shared.
-    models = [hypermodel.build(HyperParameters()) for _ in range(2)]
-    assert models[0].layers[-1] is not models[1].layers[-1]
 
 
 def test_dense_labels(tmp_path, blobs):
@@ -298,7 +255,8 @@ def test_the_objective_does_not_contain_the_weight_decay(blobs):
     for strength in (0.0, 1e-2):
         space = HyperParameters()
         space.values = {"retain_l2": strength}
-        model = Quick(features, 4, tune=["retain_l2"], seed=0).build(space)
+        start = {"kernel_initializer": "glorot_uniform"}
+        model = Quick(features, 4, tune=["retain_l2"], seed=0, retain=start).build(space)
         found.append(model.evaluate(x, y, verbose=0, return_dict=True))
     without, decayed = found
     assert without["nll"] == decayed["nll"] == pytest.approx(without["loss"], rel=1e-5)
@@ -307,45 +265,32 @@ def test_the_objective_does_not_contain_the_weight_decay(blobs):
 
 @pytest.mark.long
 def test_a_killed_search_resumes_and_its_best_model_loads(tmp_path):
-    command = [
-        sys.executable,
-        str(WORKERS),
-        "search",
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKERS), "search", str(tmp_path)]
 
-    def trials():
-        return {
-            path.parent.name: json.loads(path.read_text())
-            for path in (tmp_path / "search").glob("trial_*/trial.json")
-        }
+    def search():
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, env=environment, stderr=subprocess.PIPE, timeout=180)
+        trials = (tmp_path / "search").glob("trial_*/trial.json")
+        return ended, {path.parent.name: json.loads(path.read_text()) for path in trials}
 
     (tmp_path / "kill").touch()
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    killed, before = search()
     assert killed.returncode == -9, killed.stderr
-    before = trials()
     assert [before[name]["status"] for name in sorted(before)] == ["COMPLETED", "RUNNING"]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    finished, after = search()
     assert finished.returncode == 0, finished.stderr
-    after = trials()
-    assert [after[name]["status"] for name in sorted(after)] == ["COMPLETED"] * 3
+    assert [trial["status"] for trial in after.values()] == ["COMPLETED"] * 3
     assert after["trial_0"] == before["trial_0"]
-    assert (
-        after["trial_1"]["hyperparameters"]["values"]
-        == before["trial_1"]["hyperparameters"]["values"]
-    )
+    repeated, interrupted = (x["trial_1"]["hyperparameters"]["values"] for x in (after, before))
+    assert repeated == interrupted
 
     # The second process loaded the models of all trials, also of the first. This is a third one.
     result = json.loads((tmp_path / "result.json").read_text())
-    scores = [
-        -np.array(rows)[np.arange(16), result["y"]].mean() for rows in result["log_probabilities"]
-    ]
-    np.testing.assert_allclose(
-        scores, sorted(trial["score"] for trial in after.values()), rtol=1e-5
-    )
+    log_p = np.array(result["log_probabilities"])
+    scores = -log_p[:, np.arange(16), result["y"]].mean(-1)
+    expected = sorted(trial["score"] for trial in after.values())
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
     best = keras.models.load_model(tmp_path / "best.keras")
-    np.testing.assert_allclose(
-        best(np.array(result["x"])), result["log_probabilities"][0], atol=1e-5
-    )
-    assert float(best.layers[-1].entropy_weight) == pytest.approx(result["entropy_weight"])
+    np.testing.assert_allclose(best(np.array(result["x"])), log_p[0], atol=1e-5)
+    found = best.layers[-1].get_config()["entropy_weight"]
+    assert found == pytest.approx(result["entropy_weight"])

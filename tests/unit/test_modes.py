@@ -1,4 +1,4 @@
-"""`predict_mode` and `set_predict_mode`: the mode is fixed when a graph is traced."""
+"""The mode of a head: an attribute that every compiled model around the head follows."""
 
 import gc
 import weakref
@@ -7,53 +7,22 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from models import DETERMINISTIC, MODES, by_functional, classifier, count_traces, mean_nll
 from packaging.version import Version
 
 from tf_dropmax import (
     DropMaxHead,
     DropMaxLoss,
     DropMaxPredict,
-    functional,
     predict_mode,
     set_predict_mode,
     set_predict_temperature,
 )
 
-DETERMINISTIC = ["expected", "exact", "softmax"]
-MODES = [*DETERMINISTIC, "sampled"]
-
-
-def classifier(**kwargs):
-    """A model whose modes differ by more than 1e-2 in some log-probability."""
-    start = keras.initializers.RandomNormal(stddev=1.5, seed=3)
-    head = DropMaxHead(4, seed=1, retain_kernel_initializer=start, **kwargs)
-    hidden = keras.layers.Dense(8, "relu", kernel_initializer=keras.initializers.HeNormal(0))
-    return keras.Sequential([keras.Input((6,)), hidden, head])
-
 
 @pytest.fixture
 def x(rng):
     return rng.normal(size=(40, 6)).astype("float32")
-
-
-def by_functional(model, x):
-    """What the deterministic modes must give, by the pure functions and NumPy products."""
-    hidden, head = model.layers
-    h = np.maximum(x @ hidden.kernel.numpy() + hidden.bias.numpy(), 0)
-    logits = h @ head.kernel.numpy() + head.bias.numpy()
-    retain_logits = h @ head.retain_kernel.numpy() + head.retain_bias.numpy()
-    log_p = {
-        "expected": functional.expected_log_probabilities(logits, retain_logits).numpy(),
-        "exact": functional.exact_log_probabilities(logits, retain_logits).numpy(),
-        "softmax": functional.softmax_log_probabilities(logits).numpy(),
-    }
-    for one, other in [("expected", "exact"), ("exact", "softmax"), ("softmax", "expected")]:
-        assert np.abs(log_p[one] - log_p[other]).max() > 1e-2
-    return log_p
-
-
-def mean_nll(log_p, y):
-    return -log_p[np.arange(len(y)), y].mean()
 
 
 def predictions(model, x):
@@ -81,7 +50,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("given", ["outer", "inner"])
+@pytest.mark.parametrize("given", ["outer", "inner", "head"])
 def test_a_change_reaches_the_model_what_is_in_it_and_what_is_around_it(x, settings, given):
     inner = classifier()
     outer = keras.Sequential([keras.Input((6,)), inner])
@@ -93,7 +62,7 @@ def test_a_change_reaches_the_model_what_is_in_it_and_what_is_around_it(x, setti
         for model in (inner, outer):
             np.testing.assert_allclose(predictions(model, x), expected[mode], atol=1e-5)
 
-    model = {"outer": outer, "inner": inner}[given]
+    model = {"outer": outer, "inner": inner, "head": inner.layers[-1]}[given]
     with predict_mode(model, "softmax"):  # Nothing has been traced yet.
         check("softmax")
     for mode in DETERMINISTIC:
@@ -103,7 +72,10 @@ def test_a_change_reaches_the_model_what_is_in_it_and_what_is_around_it(x, setti
             check(mode)
     check("expected")
     for mode in ("exact", "softmax", "expected"):
-        set_predict_mode(model, mode)
+        if given == "head":
+            model.predict_mode = mode
+        else:
+            set_predict_mode(model, mode)
         check(mode)
 
 
@@ -144,17 +116,11 @@ def test_errors_name_the_arguments(x):
             change(model, "mean")
         with pytest.raises(ValueError, match=r"^`samples` must be.*Received: samples=0"):
             change(model, "sampled", 0)
-    with pytest.raises(ValueError, match=r"^`predict_mode` must be one of"):
-        DropMaxHead(3, predict_mode="mean")
-    with pytest.raises(ValueError, match=r"^`predict_samples` must be"):
-        DropMaxHead(3, predict_samples=0)
-    set_predict_temperature(model, 2.0)
     head = model.layers[-1]
-    modes = ("expected", "sampled", "exact", "softmax")
-    assert head.predict_temperatures == {**dict.fromkeys(modes, 1.0), "expected": 2.0}
-    assert DropMaxHead.from_config(head.get_config()).predict_temperatures["expected"] == 2.0
-    with pytest.raises(AttributeError, match="set_predict_temperature"):
-        head.predict_temperatures = {}
+    for name, value in (("predict_mode", "mean"), ("predict_samples", 0)):
+        with pytest.raises(ValueError, match=rf"^`{name}` must be.*Received: {name}="):
+            setattr(head, name, value)
+    assert (head.predict_mode, head.predict_samples) == ("expected", 30)
 
 
 def test_heads_may_have_modes_of_their_own(x):
@@ -211,14 +177,6 @@ def test_a_training_step_that_predicts_follows(x):
             check("exact")
         set_predict_mode(model_or_head, "expected")
         check("expected")
-
-
-def count_traces(model, monkeypatch):
-    """Counts how often the Python code of the head runs from here on."""
-    head = model.layers[-1]
-    traces, call = [], head.call
-    monkeypatch.setattr(head, "call", lambda *a, **k: traces.append(1) or call(*a, **k))
-    return traces
 
 
 @pytest.mark.slow
@@ -310,14 +268,6 @@ def test_a_forced_function_does_not_come_back(x):
     np.testing.assert_allclose(found, 2 * expected["exact"], atol=1e-5)
 
 
-def test_attributes_cannot_be_set(x):
-    head = classifier().layers[-1]
-    for name, value in [("predict_mode", "exact"), ("predict_samples", 5)]:
-        with pytest.raises(AttributeError, match=f"set_predict_mode.*Received.*{value}"):
-            setattr(head, name, value)
-    assert (head.predict_mode, head.predict_samples) == ("expected", 30)
-
-
 def test_a_function_of_the_user_keeps_the_mode_it_was_traced_in(x):
     model = classifier()
     expected = by_functional(model, x)
@@ -342,7 +292,7 @@ def test_a_graph_holds_its_mode_and_nothing_else(x, mode):
     head = model.layers[-1]
     seeds = [generator.state.value.handle for generator in (head._predict_seeds, head._train_seeds)]
     assert [id(seed) in captured for seed in seeds] == [mode == "sampled", False]
-    retain = [weight.value.handle for weight in (head.retain_kernel, head.retain_bias)]
+    retain = [weight.value.handle for weight in head.branches["retain"].weights]
     assert all((id(each) in captured) == (mode != "softmax") for each in retain)
 
 
@@ -410,8 +360,8 @@ def test_what_works_for_dense_works_for_the_head(x, mode, tmp_path):
     np.testing.assert_allclose(gradients, reference[:, 2], atol=1e-5)
 
 
-def test_a_model_with_a_step_of_its_own(x):
-    """Its graph calls an inner model, so Keras does not tell the head about the outer one."""
+def test_a_model_with_steps_of_its_own(x):
+    """Its graphs call an inner model. They follow, whoever is given."""
 
     class Outer(keras.Model):
         def __init__(self, inner):
@@ -424,22 +374,28 @@ def test_a_model_with_a_step_of_its_own(x):
         def predict_step(self, data):
             return self.inner(data, training=False)
 
+        def test_step(self, data):
+            return {"mean": tf.reduce_mean(self.inner(data[0], training=False)[:, 0])}
+
+    class Delegating(Outer):
+        def predict_step(self, data):
+            return self.inner.predict_step(data)
+
     inner = classifier()
     outer, expected = Outer(inner), by_functional(inner, x)
-    for mode in ("exact", "expected", "softmax"):
-        set_predict_mode(outer, mode)
-        np.testing.assert_allclose(outer.predict(x, verbose=0), expected[mode], atol=1e-5)
-        # By way of the inner model the outer one keeps its mode, as the docstrings say. It
-        # follows again as soon as it is given itself.
-        set_predict_mode(inner, "exact")
-        outer.predict(x, verbose=0)
-        set_predict_mode(outer, "softmax")
-        np.testing.assert_allclose(outer.predict(x, verbose=0), expected["softmax"], atol=1e-5)
-    other = Outer(inner)
-    other.predict(x, verbose=0)
-    set_predict_mode(inner, "exact")
-    set_predict_mode(other, "exact")
-    np.testing.assert_allclose(other.predict(x, verbose=0), expected["exact"], atol=1e-5)
+    outer.compile()
+    delegating = Delegating(inner)
+    for mode in ("exact", "softmax", "exact"):
+        inner.layers[-1].predict_mode = mode
+        np.testing.assert_allclose(delegating.predict(x, verbose=0), expected[mode], atol=1e-5)
+    for mode in ("exact", "expected", "softmax", "exact"):
+        for given in (outer, inner, inner.layers[-1]):
+            set_predict_mode(given, "softmax")
+            np.testing.assert_allclose(outer.predict(x, verbose=0), expected["softmax"], atol=1e-5)
+            set_predict_mode(given, mode)
+            np.testing.assert_allclose(outer.predict(x, verbose=0), expected[mode], atol=1e-5)
+            found = outer.evaluate(x, np.zeros(40), batch_size=40, verbose=0, return_dict=True)
+            assert float(found["mean"]) == pytest.approx(expected[mode][:, 0].mean(), rel=1e-5)
 
 
 def test_no_samples_keep_those_of_the_head():
@@ -451,17 +407,6 @@ def test_no_samples_keep_those_of_the_head():
         assert head.predict_samples == 100
     set_predict_mode(model, "sampled", samples=7)
     assert head.predict_samples == 7
-
-
-def test_functions_of_an_old_temperature_are_not_kept(x):
-    model = classifier()
-    for temperature in (2.0, 3.0, 4.0):
-        set_predict_temperature(model, temperature)
-        found = model.predict(x, verbose=0)
-        assert np.abs(found - model(x)).max() < 1e-5
-        model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact")])
-    kept = vars(model)["_dropmax_functions"]._kept
-    assert {kind: len(functions) for kind, functions in kept.items()}["predict"] == 2
 
 
 def test_what_is_no_mode_and_no_model_is_refused():
@@ -485,11 +430,11 @@ def test_what_is_no_mode_and_no_model_is_refused():
 def test_no_more_graphs_stay_than_with_dense(x, mode, posterior):
     """Keras itself keeps some at every `compile`."""
 
-    def growth(head):
+    def growth(head, loss):
         model = keras.Sequential([keras.Input((6,)), head])
         held = []
         for temperature in (1.0, 2.0, 3.0, 4.0):
-            model.compile("sgd", DropMaxLoss())
+            model.compile("sgd", loss)
             model.fit(x, np.zeros(40), verbose=0)
             if isinstance(head, DropMaxHead):
                 set_predict_temperature(model, temperature)
@@ -500,9 +445,8 @@ def test_no_more_graphs_stay_than_with_dense(x, mode, posterior):
             )
         return held[3] - held[2]
 
-    assert growth(DropMaxHead(4, predict_mode=mode, posterior=posterior)) <= growth(
-        keras.layers.Dense(4)
-    )
+    ours = growth(DropMaxHead(4, predict_mode=mode, posterior=posterior), DropMaxLoss())
+    assert ours <= growth(keras.layers.Dense(4), "sparse_categorical_crossentropy")
 
 
 def test_a_head_that_keras_does_not_track_follows(x):
@@ -548,48 +492,45 @@ def test_a_switch_that_fails_leaves_the_mode_as_it_was(x):
         model.predict(x, verbose=0)
     model.fails = True
     with pytest.raises(RuntimeError, match="today"), predict_mode(model, "softmax"):
-        pass
+        model.predict(x, verbose=0)
     model.fails = False
     assert model.layers[-1].predict_mode == "expected"
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)
 
 
-def test_functions_of_a_few_numbers_of_samples_are_kept(x, monkeypatch):
+def test_the_last_numbers_of_samples_are_not_traced_again(x, monkeypatch):
     model = classifier()
-    model.predict(x, verbose=0)
-    for samples in range(1, 8):
+    for samples in (1, 2, 3):
         with predict_mode(model, "sampled", samples):
             model.predict(x, verbose=0)
-    assert len(vars(model)["_dropmax_functions"]._kept["predict"]) <= 1 + 3
     traces = count_traces(model, monkeypatch)
-    for samples in (6, 7, 6, 7):  # One in the model and one by a callback are traced once.
+    for samples in (3, 1, 2):
         set_predict_mode(model, "sampled", samples)
         model.predict(x, verbose=0)
     assert not traces
 
 
-def test_a_head_called_in_a_graph_leaves_no_call_context(x):
-    """Keras would take the head for the outermost layer of every later call."""
-    head = classifier().layers[-1]
-    tf.function(lambda h: head.call(h))(tf.zeros((2, 8)))
-    outer = keras.Sequential([keras.Input((8,)), head])
-    outer.predict(np.zeros((2, 8)), verbose=0)
-    assert outer in head._traced_in
-    assert head not in head._traced_in
-
-
-def test_calibrating_one_mode_keeps_the_functions_of_the_others(x):
+def test_a_temperature_is_not_traced(x, monkeypatch):
     model = classifier()
-    model.predict(x, verbose=0)
-    expected = model.predict_function
-    with predict_mode(model, "exact"):
-        model.predict(x, verbose=0)
-        exact = model.predict_function
-        set_predict_temperature(model, 2.0)
-        assert model.predict_function is not exact
-    assert model.predict_function is expected
-    model.layers[-1].call = None  # Tracing the head again would fail.
-    model.predict(x, verbose=0)
+    before = model.predict(x, verbose=0)
+    traces = count_traces(model, monkeypatch)
+    set_predict_temperature(model, 2.0)
+    after = model.predict(x, verbose=0)
+    assert not traces
+    np.testing.assert_allclose(after, tf.nn.log_softmax(before / 2), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_validation_in_a_mode_traces_the_training_step_once(x, monkeypatch):
+    model = classifier({})
+    y, traces = np.zeros(40), count_traces(model, monkeypatch)
+    fit = {"verbose": 0, "validation_data": (x, y), "callbacks": [DropMaxPredict("exact")]}
+    model.fit(x, y, **fit)
+    before = len(traces)
+    model.fit(x, y, **fit)
+    with predict_mode(model, "softmax"):
+        model.fit(x, y, verbose=0)
+    assert len(traces) == before
 
 
 def test_a_wrong_mode_raises_where_the_context_manager_is_made():

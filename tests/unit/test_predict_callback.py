@@ -1,20 +1,20 @@
+"""`DropMaxPredict`: the mode is in force while a step runs, and never longer."""
+
 import copy
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from models import GLOROT, MODES, PAPER_START, by_functional, count_traces
 
-from tf_dropmax import (
-    DropMaxHead,
-    DropMaxLoss,
-    DropMaxPredict,
-    functional,
-    predict_mode,
-    set_predict_mode,
-)
+from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, predict_mode, set_predict_mode
 
-MODES = ["expected", "sampled", "exact", "softmax"]
+
+def small():
+    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1, **PAPER_START)])
+    model.compile("adam", DropMaxLoss())
+    return model
 
 
 @pytest.fixture(
@@ -31,40 +31,13 @@ def trained(request, blobs):
     """One model for many tests: each must leave it in the mode in which it found it."""
     x, y = blobs
     features = keras.layers.Dense(8, "relu", kernel_initializer=keras.initializers.GlorotUniform(0))
-    model = keras.Sequential([keras.Input((6,)), features, DropMaxHead(4, seed=1)])
+    model = keras.Sequential([keras.Input((6,)), features, DropMaxHead(4, seed=1, retain=GLOROT)])
     model.compile(keras.optimizers.Adam(0.02), DropMaxLoss(), metrics=["accuracy"], **request.param)
     model.fit(x, y, epochs=2, shuffle=False, verbose=0)
     return model, x, y
 
 
-def reference(model, x, mode):
-    """What each deterministic mode must give, by the pure functions."""
-    features = model.layers[0](x)
-    head = model.layers[1]
-    logits = features @ head.kernel + head.bias
-    retain_logits = features @ head.retain_kernel + head.retain_bias
-    if mode == "softmax":
-        return functional.softmax_log_probabilities(logits)
-    return getattr(functional, f"{mode}_log_probabilities")(logits, retain_logits)
-
-
-@pytest.fixture
-def count_traces(monkeypatch):
-    """Counts how often the model's Python code runs from here on."""
-
-    def count(model):
-        traces, call = [], model.layers[-1].call
-        monkeypatch.setattr(
-            model.layers[-1],
-            "call",
-            lambda *args, **kwargs: traces.append(1) or call(*args, **kwargs),
-        )
-        return traces
-
-    return count
-
-
-def test_predict(trained, count_traces):
+def test_predict(trained, monkeypatch):
     model, x, _ = trained
     first = model.predict(x, verbose=0)
 
@@ -75,14 +48,14 @@ def test_predict(trained, count_traces):
         }
 
     outputs = predictions()
-    retraced = count_traces(model)
+    retraced = count_traces(model, monkeypatch)
     again = predictions()
     if not model.run_eagerly:
         assert not retraced
     for mode in ["expected", "exact", "softmax"]:
         np.testing.assert_array_equal(again[mode], outputs[mode])
     for mode in ["expected", "exact", "softmax"]:
-        np.testing.assert_allclose(outputs[mode], reference(model, x, mode), atol=1e-5)
+        np.testing.assert_allclose(outputs[mode], by_functional(model, x)[mode], atol=1e-5)
     assert 1e-3 < np.abs(np.exp(outputs["sampled"]) - np.exp(outputs["exact"])).max() < 0.6
     for one in range(4):
         for other in range(one):
@@ -97,7 +70,7 @@ def test_evaluate(trained):
     plain = model.evaluate(x, y, verbose=0, return_dict=True)
     for mode in ["expected", "exact", "softmax"]:
         result = model.evaluate(x, y, verbose=0, return_dict=True, callbacks=[DropMaxPredict(mode)])
-        log_p = reference(model, x, mode).numpy()
+        log_p = by_functional(model, x)[mode]
         assert result["loss"] == pytest.approx(-log_p[np.arange(len(y)), y].mean(), rel=1e-4)
         assert result["accuracy"] == pytest.approx(np.mean(log_p.argmax(1) == y), abs=1e-6)
         assert (abs(result["loss"] - plain["loss"]) > 1e-3) == (mode != "expected")
@@ -109,8 +82,7 @@ def test_validation_inside_fit_but_not_training(blobs):
     x, y = blobs
 
     def fit(callbacks):
-        model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
-        model.compile("adam", DropMaxLoss())
+        model = small()
         history = model.fit(
             x, y, epochs=2, shuffle=False, verbose=0, validation_data=(x, y), callbacks=callbacks
         )
@@ -157,7 +129,7 @@ def failing_data(x):
 )
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("on_batch", [False, True])
-def test_an_exception_leaves_the_mode_as_it_was(trained, count_traces, where, position, on_batch):
+def test_an_exception_leaves_the_mode_as_it_was(trained, monkeypatch, where, position, on_batch):
     model, x, _ = trained
     before = model.predict(x, verbose=0)
     by_softmax = model.predict(x, verbose=0, callbacks=[DropMaxPredict("softmax")])
@@ -165,7 +137,7 @@ def test_an_exception_leaves_the_mode_as_it_was(trained, count_traces, where, po
     callbacks = [DropMaxPredict("softmax")]
     if where != "data":
         callbacks.insert(position, Failing(where))
-    retraced = count_traces(model)
+    retraced = count_traces(model, monkeypatch)
     with pytest.raises((RuntimeError, tf.errors.UnknownError), match="stopped"):
         model.predict(failing_data(x) if where == "data" else x, verbose=0, callbacks=callbacks)
     assert model.layers[-1].predict_mode == "expected"
@@ -186,8 +158,7 @@ def test_an_exception_leaves_the_mode_as_it_was(trained, count_traces, where, po
 )
 def test_an_exception_in_validation_leaves_the_mode_as_it_was(blobs, where):
     x, y = blobs
-    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
-    model.compile("adam", DropMaxLoss())
+    model = small()
     before = model.evaluate(x, y, verbose=0)
     with pytest.raises(RuntimeError, match="stopped"):
         model.evaluate(x, y, verbose=0, callbacks=[DropMaxPredict("softmax"), Failing(where)])
@@ -206,8 +177,7 @@ def test_an_exception_in_validation_leaves_the_mode_as_it_was(blobs, where):
 def test_an_evaluation_within_an_evaluation(blobs):
     """Started by another callback. Each evaluation has its own mode."""
     x, y = blobs
-    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
-    model.compile("adam", DropMaxLoss())
+    model = small()
     plain, exact = (
         model.evaluate(x, y, verbose=0),
         model.evaluate(x, y, verbose=0, callbacks=[DropMaxPredict("exact")]),
@@ -235,14 +205,15 @@ def test_every_head_of_a_nested_model_is_switched(rng):
     class Wrapping(keras.layers.Layer):
         def __init__(self):
             super().__init__()
-            self.head = DropMaxHead(2)
+            self.head = DropMaxHead(2, retain=GLOROT)
 
         def call(self, inputs):
             return self.head(inputs)
 
     inputs = keras.Input((5,))
-    inner = keras.Sequential([keras.Input((5,)), DropMaxHead(3)])
-    model = keras.Model(inputs, [inner(inputs), Wrapping()(inputs), DropMaxHead(4)(inputs)])
+    inner = keras.Sequential([keras.Input((5,)), DropMaxHead(3, retain=GLOROT)])
+    outputs = [inner(inputs), Wrapping()(inputs), DropMaxHead(4, retain=GLOROT)(inputs)]
+    model = keras.Model(inputs, outputs)
     before, after = (
         model.predict(x, verbose=0),
         model.predict(x, verbose=0, callbacks=[DropMaxPredict("softmax")]),
@@ -292,7 +263,7 @@ def test_a_used_callback_can_be_copied_without_its_model(blobs):
         def call(self, x):
             return self.head(x)
 
-    model = Model(DropMaxHead(4, seed=1))
+    model = Model(DropMaxHead(4, seed=1, retain=GLOROT))
     model.compile("sgd", DropMaxLoss())
     callback = DropMaxPredict("exact", samples=7)
     model.evaluate(x, y, verbose=0, callbacks=[callback])
@@ -306,7 +277,7 @@ def test_a_used_callback_can_be_copied_without_its_model(blobs):
 @pytest.mark.parametrize("recovery", ["predict_mode", "set_predict_mode", "callback"])
 def test_a_step_that_never_ran_is_not_kept(blobs, recovery):
     x, _ = blobs
-    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
+    model = small()
     before = model.predict(x, verbose=0)
     with pytest.raises(ValueError, match="one DropMaxPredict"):
         model.predict(x, verbose=0, callbacks=[DropMaxPredict("exact"), DropMaxPredict("softmax")])
@@ -330,8 +301,7 @@ def test_a_step_that_never_ran_is_not_kept(blobs, recovery):
 def test_another_prediction_before_the_step(blobs, kind, first):
     """By another callback. It runs in the mode of the model, and does not go unnoticed."""
     x, y = blobs
-    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
-    model.compile("adam", DropMaxLoss())
+    model = small()
     plain = model.predict(x, verbose=0)
     found = []
 

@@ -1,0 +1,206 @@
+"""What the head is trained on: its scores, `add_loss` and the loss together, for given draws."""
+
+import keras
+import numpy as np
+import oracles
+import pytest
+import tensorflow as tf
+from models import PAPER_START, VARIANTS, selecting_head
+from scipy import stats
+
+from tf_dropmax import DropMaxHead, DropMaxLoss, functional
+
+TOLERANCES = pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+
+
+def value_and_gradients(head, branches, labels, dtype):
+    features = tf.constant(np.concatenate(branches, axis=1), dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        scores = head(features, training=True)
+        (entropy_term,) = head.losses
+        value = DropMaxLoss(dtype=dtype)(labels, scores) + tf.cast(entropy_term, dtype)
+    assert scores.dtype == dtype
+    return value.numpy(), np.split(tape.gradient(value, features).numpy(), len(branches), axis=1)
+
+
+@pytest.fixture(autouse=True)
+def _floatx(request):
+    """The entropy term has the dtype `floatx`, as every loss that Keras adds up."""
+    if "float64" in request.node.name:
+        keras.config.set_floatx("float64")
+    yield
+    keras.config.set_floatx("float32")
+
+
+@pytest.fixture
+def real_path(monkeypatch):
+    """Value and gradients by a head in training, for given draws and settings."""
+
+    def run(branches, uniform, labels, entropy_weight, temperature, dtype, **kwargs):
+        monkeypatch.setattr(
+            functional, "uniform_draws", lambda shape, seed, dtype: tf.constant(uniform, dtype)
+        )
+        head = selecting_head(
+            branches[0].shape[1],
+            entropy_weight=entropy_weight,
+            temperature=temperature,
+            dtype=dtype,
+            **kwargs,
+        )
+        return value_and_gradients(head, branches, labels, dtype)
+
+    return run
+
+
+@TOLERANCES
+def test_prior_is_eq_15(rng, real_path, dtype, tolerance):
+    o, r = branches = 3 * rng.normal(size=(2, 10, 5))
+    arguments = (rng.uniform(0.01, 0.99, size=(10, 5)), rng.integers(5, size=10), 0.7, 0.2)
+    value, gradients = real_path(branches, *arguments, dtype)
+    assert value == pytest.approx(oracles.objective(o, r, *arguments), rel=tolerance)
+    by_o = oracles.central_differences(lambda o: oracles.objective(o, r, *arguments), o, 1e-5)
+    by_r = oracles.central_differences(lambda r: oracles.objective(o, r, *arguments), r, 1e-5)
+    np.testing.assert_allclose(gradients, [by_o, by_r], atol=1e-6)
+
+
+@TOLERANCES
+def test_golden_prior(golden, real_path, dtype, tolerance):
+    branches = [golden["logits"], golden["retain_logits"]]
+    settings = (golden["uniform"], golden["labels"], float(golden["lam"]), float(golden["tau"]))
+    value, gradients = real_path(branches, *settings, dtype)
+    assert value == pytest.approx(float(golden["objective"]), rel=tolerance)
+    np.testing.assert_allclose(gradients, [golden["grad_logits"], golden["grad_retain"]], atol=1e-6)
+
+
+@TOLERANCES
+def test_label(rng, real_path, dtype, tolerance):
+    o, r, a = branches = 2 * rng.normal(size=(3, 8, 5))
+    uniform, labels = rng.uniform(0.01, 0.99, size=(8, 5)), rng.integers(5, size=8)
+    arguments = (uniform, labels, 0.7, 0.4, 0.2)  # entropy weight, auxiliary weight, temperature
+    value, gradients = real_path(
+        branches, uniform, labels, 0.7, 0.2, dtype, posterior="label", auxiliary_weight=0.4
+    )
+    assert value == pytest.approx(oracles.label_objective(o, r, a, *arguments), rel=tolerance)
+
+    def by(branch, objective):
+        return oracles.central_differences(objective, branch, 1e-5)
+
+    by_o = by(o, lambda o: oracles.label_objective(o, r, a, *arguments))
+    by_a = by(a, lambda a: oracles.label_objective(o, r, a, *arguments))
+
+    # The prior within the posterior is held fixed. If r grows and a falls by as much, the posterior
+    # does not move. Only the prior and the loss of the auxiliary classifier move. That loss is all
+    # that depends on a alone.
+    def auxiliary(a):
+        s = oracles.sigmoid(a)
+        return -0.4 * np.sum(np.where(np.eye(5)[labels], np.log(s), np.log(1 - s))) / 8
+
+    together = by(r, lambda x: oracles.label_objective(o, x, a + r - x, *arguments))
+    alone = by(r, lambda x: auxiliary(a + r - x))
+    np.testing.assert_allclose(gradients, [by_o, together - alone, by_a], atol=1e-6)
+
+
+@TOLERANCES
+def test_golden_label(golden, real_path, dtype, tolerance):
+    branches = [golden[name] for name in ("logits", "retain_logits", "auxiliary_logits")]
+    settings = (golden["uniform"], golden["labels"], float(golden["lam"]), float(golden["tau"]))
+    variant = {"posterior": "label", "auxiliary_weight": 1.0}
+    value, gradients = real_path(branches, *settings, dtype, **variant)
+    assert value == pytest.approx(float(golden["label_objective"]), rel=tolerance)
+    for gradient, name in zip(gradients, ("logits", "retain", "auxiliary"), strict=True):
+        np.testing.assert_allclose(gradient, golden[f"label_grad_{name}"], atol=1e-6)
+
+
+@TOLERANCES
+def test_label_without_masks_trains_on_their_means(rng, dtype, tolerance):
+    o, r, a = branches = 2 * rng.normal(size=(3, 8, 5))
+    labels, settings = rng.integers(5, size=8), {"entropy_weight": 0.7, "auxiliary_weight": 0.3}
+    head = selecting_head(5, posterior="label", stochastic=False, dtype=dtype, **settings)
+    value, gradients = value_and_gradients(head, branches, labels, dtype)
+
+    def objective(o, a):
+        return oracles.label_objective(o, r, a, [None] * 8, labels, 0.7, 0.3, 0.1)
+
+    assert value == pytest.approx(objective(o, a), rel=tolerance)
+    by_logits = oracles.central_differences(lambda o: objective(o, a), o, 1e-5)
+    by_auxiliary = oracles.central_differences(lambda a: objective(o, a), a, 1e-5)
+    np.testing.assert_allclose(gradients[0], by_logits, atol=1e-6)
+    np.testing.assert_allclose(gradients[2], by_auxiliary, atol=1e-6)
+
+
+def test_attention_trains_on_eq_18(rng):
+    branches, labels = rng.normal(size=(2, 6, 4)), np.arange(6) % 4
+    head = selecting_head(4, stochastic=False, entropy_weight=0.5, dtype="float64")
+    keras.config.set_floatx("float64")
+    value, _ = value_and_gradients(head, branches, labels, "float64")
+    expected = 0.0
+    for o, r, y in zip(*branches, labels, strict=True):
+        rho = oracles.sigmoid(r)
+        h = -rho * np.log(rho) - (1 - rho) * np.log(1 - rho)
+        expected -= np.log(rho[y] * np.exp(o[y]) / np.sum(rho * np.exp(o))) + 0.5 * (h.sum() - h[y])
+    assert value == pytest.approx(expected / 6, rel=1e-12)
+
+
+def test_random_has_no_retain_branch_and_no_entropy(rng):
+    features = rng.normal(size=(5000, 3)).astype("float32")
+    head = DropMaxHead(4, retain_probability=0.3, kernel_initializer="zeros", seed=1)
+    scores = head(features, training=True)
+    assert list(head.branches) == ["classes"]
+    assert head.losses == []
+    # With equal logits, a target competes with a binomial number of the 3 others.
+    counts = np.bincount((1 / np.exp(scores[:, 0])).round().astype(int), minlength=5)[1:]
+    expected = 5000 * stats.binom.pmf(range(4), 3, 0.3)
+    assert stats.chisquare(counts, expected).pvalue > 1e-4  # the seed is fixed
+    for function in [head.retain_probabilities, tf.function(head.retain_probabilities)]:
+        np.testing.assert_allclose(function(features), np.full((5000, 4), 0.3), rtol=1e-6)
+    for mode in ["expected", "softmax", "exact"]:
+        head.predict_mode = mode
+        np.testing.assert_allclose(np.exp(head(features[:9])), 0.25, atol=1e-6)
+
+
+def test_entropy_term_value_and_mask(rng):
+    features = rng.normal(size=(2, 3, 4)).astype("float32")
+    mask = np.array([[True, False, True], [False, False, True]])
+    head = DropMaxHead(5, entropy_weight=0.25, **PAPER_START)
+    head(features, training=True, mask=mask)
+    rho = oracles.sigmoid(features @ head.branches["retain"].kernel.numpy())
+    h = np.sum(-rho * np.log(rho) - (1 - rho) * np.log(1 - rho), axis=-1)
+    assert head.losses[0].numpy() == pytest.approx(-0.25 * h[mask].mean(), rel=1e-5)
+    head(features, training=True)
+    assert head.losses[-1].numpy() == pytest.approx(-0.25 * h.mean(), rel=1e-5)
+    empty = DropMaxHead(5)
+    empty(features, training=True, mask=np.zeros((2, 3), bool))
+    assert empty.losses[0].numpy() == 0
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "random"])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_the_entropy_weight_rises_in_the_first_steps(rng, variant, jit_compile):
+    features = tf.constant(rng.normal(size=(5, 3)), tf.float32)
+    head = DropMaxHead(4, entropy_weight=2.0, entropy_warmup=4, **VARIANTS[variant])
+
+    @tf.function(jit_compile=jit_compile)
+    def term():
+        head(features, training=True)
+        return head.losses[-1]
+
+    # Every mask has the entropy log 2, because the retain branch starts at zero.
+    risen = [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    found = [term().numpy() for _ in risen]
+    np.testing.assert_allclose(found, [-2 * w * 4 * np.log(2) for w in risen], rtol=1e-5)
+    for value in (-1, 1.5, None):
+        with pytest.raises(ValueError, match=r"`entropy_warmup` must be an int >= 0.*Received"):
+            DropMaxHead(4, entropy_warmup=value)
+
+
+def test_a_resumed_training_goes_on_with_the_weight(rng, tmp_path):
+    features = rng.normal(size=(5, 3)).astype("float32")
+    head, resumed = (DropMaxHead(4, entropy_warmup=4, name="head") for _ in range(2))
+    models = [keras.Sequential([keras.Input((3,)), each]) for each in (head, resumed)]
+    for _ in range(2):
+        head(features, training=True)
+    models[0].save_weights(tmp_path / "model.weights.h5")
+    models[1].load_weights(tmp_path / "model.weights.h5")
+    resumed(features, training=True)
+    assert resumed.losses[-1].numpy() == pytest.approx(-0.5 * 4 * np.log(2), rel=1e-5)
