@@ -5,10 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo check test test-long test-oldest test-newest api notebooks format clean
+.PHONY: demo check check-oldest test test-long test-oldest test-newest api notebooks format clean
 
 demo: $(VENV)/installed-experiments
-	$(BIN)/python tf_dropmax/experiments demo $(ARGS)
+	$(BIN)/python -m tf_dropmax.experiments demo $(ARGS)
 
 # Style, types and the fast unit tests.
 check: $(VENV)/installed-test
@@ -30,8 +30,11 @@ test-long: export TF_DROPMAX_KILLS = 20
 test-long: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto -m long $(ARGS)
 
-# The same with the oldest dependencies that setup.cfg admits, its lower bounds, and with the
-# newest that there are now.
+# The fast unit tests, or all tests, with the oldest dependencies that setup.cfg admits, its lower
+# bounds; and all tests with the newest that there are now.
+check-oldest: .venv-oldest/constraints.txt
+	PIP_CONSTRAINT='$(CURDIR)/$<' $(MAKE) check VENV=.venv-oldest
+
 test-oldest: .venv-oldest/constraints.txt
 	PIP_CONSTRAINT='$(CURDIR)/$<' $(MAKE) test VENV=.venv-oldest
 
