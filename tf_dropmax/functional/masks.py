@@ -45,7 +45,7 @@ def uniform_draws(shape: Any, seed: Any, dtype: Any = "float32") -> tf.Tensor:
     half = (2.0**-23 if dtype == tf.float32 else 2.0**-52) / 2
     # The term `0 * first` uses the draws a second time. So XLA on a CPU computes them in a loop of
     # their own. As a part of the loop that uses them, the generator is slow: a training step with
-    # 1,000 classes took 1.5 times as long.
+    # 1,000 or 10,000 classes then takes 1.3 times as long.
     first = draws if draws.shape.rank == 0 else draws[..., :1]
     return draws + (0 * first + half)
 

