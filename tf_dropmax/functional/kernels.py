@@ -23,12 +23,12 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     functions of loops and conditions from the process, and this function is used again after that.
 
     Args:
-        function: Function of tensors of shape `(..., T)`, and of others after them, as
-            `tf.custom_gradient` takes it. Its results have the shape `(..., T)` or `(...)`.
+        function: Function as `tf.custom_gradient` takes it. Its arguments are tensors of the same
+            shape `(..., T)`, and after them scalar tensors without a gradient. Its results have the
+            shape `(..., T)` or `(...)`.
 
     Returns:
-        Function of tensors that all have the same shape `(..., T)`. The keyword argument
-        `constants` is a tuple of scalar tensors that have no gradient.
+        Function of the same arguments.
 
     Example:
 
@@ -52,13 +52,12 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
         return compute
 
     @functools.wraps(function)
-    def call(*tensors: tf.Tensor, constants: tuple[tf.Tensor, ...] = ()) -> Any:
+    def call(*tensors: tf.Tensor) -> Any:
         # The number of rows may change without a new trace.
-        arguments = (*tensors, *constants)
-        shapes = [tf.TensorShape([None] * (x.shape.rank - 1)) + x.shape[-1:] for x in arguments]
-        signature = map(tf.TensorSpec, shapes, [x.dtype for x in arguments])
+        shapes = [tf.TensorShape([None] * (x.shape.rank - 1)) + x.shape[-1:] for x in tensors]
+        signature = map(tf.TensorSpec, shapes, [x.dtype for x in tensors])
         with lock:
-            results = traced(*signature)(*arguments)
+            results = traced(*signature)(*tensors)
         for result in tf.nest.flatten(results):
             result.set_shape(tensors[0].shape[: result.shape.rank])
         return results

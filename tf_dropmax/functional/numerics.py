@@ -71,7 +71,7 @@ def log_probabilities(log_weights: tf.Tensor, temperature: float | tf.Tensor = 1
     Returns:
         Tensor of shape `(..., T)`.
     """
-    return _log_probabilities(log_weights, constants=(1 / scalar(temperature, log_weights.dtype),))
+    return _log_probabilities(log_weights, 1 / scalar(temperature, log_weights.dtype))
 
 
 @traced_once
@@ -95,7 +95,7 @@ def broadcast(*arguments: tf.Tensor) -> list[tf.Tensor]:
     shapes = [argument.shape for argument in arguments]
     if shapes[0].is_fully_defined() and shapes.count(shapes[0]) == len(shapes):
         return list(arguments)
-    same_rank = shapes[0].rank is not None and all(s.rank == shapes[0].rank for s in shapes)
+    same_rank = all(shape.rank == shapes[0].rank for shape in shapes)
 
     def join_same_rank(one, other):
         return tf.where(one == 1, other, one)

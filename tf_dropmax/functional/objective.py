@@ -5,7 +5,6 @@ The loss of an example is minus the score of its label, minus the weighted entro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -96,19 +95,11 @@ def target_log_likelihood(logits: Any, mask_logits: Any) -> tf.Tensor:
     >>> tf.exp(F.target_log_likelihood([0.0, 0.0], masks)).numpy().round(4).tolist()
     [1.0, 0.5]
     """
-    arguments = broadcast(to_float(logits), to_float(mask_logits))
-    return _target_kernel(*arguments)
-
-
-class _Likelihood(NamedTuple):
-    """The log-likelihood `relative - log_denominator`, and the function of its gradient."""
-
-    relative: tf.Tensor  # o_k - max o
-    log_denominator: tf.Tensor  # log D_k - max o
-    gradient: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+    return _target_log_likelihood(*broadcast(to_float(logits), to_float(mask_logits)))
 
 
 def _likelihood(logits, mask_logits):
+    """The log-likelihoods, and the function of their gradient."""
     relative = relative_to_maximum(logits)
     weights = tf.exp(relative)
     masks = tf.sigmoid(mask_logits)
@@ -127,13 +118,10 @@ def _likelihood(logits, mask_logits):
         pull, delayed = _after([by_logits], pull, masks)
         return by_logits, (pull - pulls) * share * (1 - delayed)
 
-    return _Likelihood(relative, log_denominator, gradient)
+    return relative - log_denominator, gradient
 
 
-@traced_once
-def _target_kernel(logits, mask_logits):
-    likelihood = _likelihood(logits, mask_logits)
-    return likelihood.relative - likelihood.log_denominator, likelihood.gradient
+_target_log_likelihood = traced_once(_likelihood)
 
 
 def prior_scores_and_entropy(
@@ -170,27 +158,25 @@ def prior_scores_and_entropy(
     """
     arguments = broadcast(*(to_float(x) for x in (logits, retain_logits, mask_logits)))
     weight = scalar(entropy_weight, arguments[0].dtype)
-    return _prior(*arguments, constants=(weight,))
+    return _prior(*arguments, weight)
 
 
 @traced_once
 def _prior(logits, retain_logits, mask_logits, weight):
-    likelihood = _likelihood(logits, mask_logits)
+    log_likelihood, likelihood_gradient = _likelihood(logits, mask_logits)
     # Plus `retain.log_larger` this is log rho_k + o_k - log D_k.
-    linear = likelihood.relative + tf.minimum(retain_logits, 0) - likelihood.log_denominator
+    linear = log_likelihood + tf.minimum(retain_logits, 0)
     retain = _Mask.of(*_after([linear], retain_logits))
     entropy = tf.reduce_sum(retain.entropy, axis=-1)
     (delayed,) = _after([entropy], retain.entropy)
     scores = linear + retain.log_larger - weight * delayed
 
     def gradient(by_scores, by_entropy):
-        by_logits, by_masks = likelihood.gradient(by_scores)
+        by_logits, by_masks = likelihood_gradient(by_scores)
         delayed, by_scores = _after([by_logits, by_masks], retain_logits, by_scores)
         drop = tf.sigmoid(minus(delayed))
         by_entropies = by_entropy[..., tf.newaxis] - weight * by_scores
         by_retain = by_scores * drop - by_entropies * _scaled_slope(retain_logits, drop)
-        # The matrix products that follow need memory. They wait until this function is done.
-        by_logits, by_masks = _after([by_retain], by_logits, by_masks)
         return by_logits, by_retain, by_masks, None
 
     return (scores, entropy), gradient
@@ -257,41 +243,38 @@ def label_scores_and_entropy(
     tensors = (logits, retain_logits, auxiliary_logits, mask_logits)
     arguments = broadcast(*(to_float(x) for x in tensors))
     weight = scalar(auxiliary_weight, arguments[0].dtype)
-    return _label(*arguments, constants=(weight,))
+    return _label(*arguments, weight)
 
 
 @traced_once
 def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
     r, a = retain_logits, auxiliary_logits
-    likelihood = _likelihood(logits, mask_logits)
-    target = likelihood.relative + tf.minimum(r, 0) - likelihood.log_denominator + weight * a
-    retain = _Mask.of(*_after([target], r))
-    posterior = _Mask.of(*_after([retain.entropy], r + a))
+    log_likelihood, likelihood_gradient = _likelihood(logits, mask_logits)
+    retain, posterior = _Mask.of(r), _Mask.of(r + a)
     # KL(q || rho) is the cross entropy of q and rho minus the entropy of q. The cross entropy is
     # `|r| * unlikely - log_larger`, where `unlikely` is the probability under q of the value that
     # is less probable under rho.
     same_side = r * (r + a) >= 0
     unlikely = tf.where(same_side, posterior.smaller, 1 - posterior.smaller)
     divergence = retain.magnitude * unlikely - retain.log_larger - posterior.entropy
-    # What a target has in place of its term in the sum over all classes.
-    target += retain.log_larger + divergence
-    log_not = _Mask.of(*_after([target], a)).log_larger - tf.maximum(a, 0)
+    # The target has `log rho` and `weight * log s` where the other classes have minus their
+    # divergence and `weight * log(1 - s)`. The difference of the last two is `weight * a`.
+    log_retain = tf.minimum(r, 0) + retain.log_larger
+    target = log_likelihood + log_retain + divergence + weight * a
+    log_not = _Mask.of(a).log_larger - tf.maximum(a, 0)
     scores = target + tf.reduce_sum(weight * log_not - divergence, axis=-1, keepdims=True)
 
     def gradient(by_scores, by_entropy):
-        by_logits, by_masks = likelihood.gradient(by_scores)
+        by_logits, by_masks = likelihood_gradient(by_scores)
         # For second derivatives: `a` as posterior logit, which gives none to r, minus r.
         shift = a + (tf.stop_gradient(r) - r)
-        *delayed, by_scores = _after([by_logits, by_masks], r, r + shift, by_scores)
-        retain_drop, drop = (tf.sigmoid(minus(x)) for x in delayed)
+        retain_drop, drop = (tf.sigmoid(minus(x)) for x in (r, r + shift))
         total = tf.reduce_sum(by_scores, axis=-1, keepdims=True)
         by_divergence = by_scores - total
         by_retain = by_divergence * drop + total * retain_drop
         by_retain -= by_entropy[..., tf.newaxis] * _scaled_slope(r, retain_drop)
         by_auxiliary = weight * by_scores - (weight * total) * tf.sigmoid(a)
         by_auxiliary += by_divergence * _scaled_slope(shift, drop)
-        # As in `_prior`.
-        by_logits, by_masks = _after([by_retain, by_auxiliary], by_logits, by_masks)
         return by_logits, by_retain, by_auxiliary, by_masks, None
 
     return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
@@ -300,8 +283,9 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
 def _after(first, *tensors):
     """The same tensors, but a graph computes nothing from them before the tensors in `first`.
 
-    By itself a graph computes what it can as early as it can, and then holds it in memory. The
-    command `speed --parts memory` shows the effect.
+    By itself a graph computes what it can as early as it can, and then holds it in memory. With 256
+    rows and 20,000 classes on a CPU, a training step with `posterior="prior"` then needs 1.3 times
+    as much memory.
     """
     with tf.control_dependencies(first):
         return [tf.identity(tensor) for tensor in tensors]

@@ -61,17 +61,20 @@ def exact_log_probabilities(
     The integrand is smooth in `log s`, where the trapezoid rule converges geometrically. For small
     `s` it is all but linear in `s`, so the nodes lie twice as far apart there: the rule is applied
     in `v`, with `log s = v - log(1 + exp(-v)) + constant`. One pass over the nodes serves all
-    classes. Memory is O(B T). Time is O(Q B T), with Q from about 20 to 115 nodes in float32 and
-    three times that in float64, by the widest row of the batch.
+    classes. Memory is O(B T). Time is O(Q B T), by the row with the most nodes Q. If logits
+    spread by no more than 60, Q is from about 20 to 110 in float32, and from 70 to 270 in float64.
 
     The error of a probability is below 1e-5 in float32 and 2e-12 in float64. The error of its
     logarithm is below 0.02 in float32 and 1e-6 in float64, if the retain probability of the class
     is above 1e-5 and 1e-12 and the logarithm is above -69. A probability too small for the
     quadrature is replaced by a lower bound, `rho_k w_k / (w_k + sum_{t != k} rho_t w_t)` from
     Jensen's inequality plus `prod_t (1 - rho_t) / T` of the masks that drop every class. So
-    log-probabilities are finite and of a sensible size. The nodes leave out the wide gaps between
-    the logits of a row. A row does not depend on the other rows. The gradients are computed by
-    quadrature too.
+    log-probabilities are finite and of a sensible size. A row does not depend on the other rows.
+    The gradients are computed by quadrature too.
+
+    The nodes leave out the wide gaps between the logits of a row. About 1,400 nodes in float32 and
+    3,400 in float64 are the most, which suffice for 30 wide gaps. In a row with more of them and
+    small retain probabilities, the lowest classes get too little.
 
     Args:
         logits: Float tensor, shape `(..., T)`.
@@ -114,6 +117,7 @@ def _log_quadrature(logits, retain_logits):
     retain, drop = tf.exp(log_sigmoid(retain_logits)), tf.exp(log_drop)
     # At the first node the integrals hold less than `lower_mass`, because
     # 1 - prod phi <= s sum rho w.
+    most = 20 * len(positions)  # nodes
     largest = tf.reduce_max(logits, axis=-1, keepdims=True)
     weights = retain * tf.exp(logits - largest)
     weights = tf.reduce_sum(weights, axis=-1, keepdims=True) + tiny(logits)
@@ -147,6 +151,7 @@ def _log_quadrature(logits, retain_logits):
             pending = tf.where(log_y < rule.upper, logits, LOG_OF_ZERO)
             pending = tf.reduce_max(pending, axis=-1, keepdims=True)
             going = tf.reduce_any((pending > LOG_OF_ZERO) & (survival > _FINISHED))
+            going &= index < most
             leap = (pending - base) + log_s < begin
             log_s = tf.where(leap, begin, log_s + tf.gather(steps, place))
             return index + 1, tf.where(leap, pending, base), log_s, going, *sums
