@@ -48,6 +48,12 @@ def _clean_keras():
     keras.backend.clear_session()
 
 
+@pytest.fixture(scope="session")
+def strategy():
+    """Two replicas. One strategy for all tests, because the collective operations of two mix."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -20,12 +20,6 @@ from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, set_predict_mod
 WORKERS = Path(__file__).parents[1] / "workers.py"
 
 
-@pytest.fixture(scope="module")
-def strategy():
-    # One for all tests: the collective operations of two strategies would mix.
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 def build(**kwargs):
     model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1, **kwargs)])
     model.compile(keras.optimizers.SGD(0.3), DropMaxLoss(), metrics=["accuracy"])

@@ -135,7 +135,7 @@ def test_the_penalty_of_the_features(rng):
     tune = ["feature_decay", "entropy_weight"]
     space = HyperParameters()
     x = rng.normal(size=(5, 6)).astype("float32")
-    hypermodel = DropMaxHyperModel(features, 4, tune=tune, retain={"kernel_initializer": "zeros"})
+    hypermodel = DropMaxHyperModel(features, 4, tune=tune, entropy_warmup=0)
     hypermodel.build(space)
     assert space.values == {"feature_decay": 0.0, "entropy_weight": 1.0}
     space.values["feature_decay"] = 0.1
@@ -232,7 +232,7 @@ def test_the_objective_does_not_contain_the_entropy_weight(tmp_path, blobs):
     x, y = blobs
     space = HyperParameters()
     space.Choice("entropy_weight", [0.1, 1.0, 10.0])  # Instead of the range.
-    hypermodel = Quick(features, 4, optimizer=still, seed=0)
+    hypermodel = Quick(features, 4, optimizer=still, seed=0, entropy_warmup=0)
     options = {"hyperparameters": space, "directory": tmp_path}
     tuner = keras_tuner.GridSearch(hypermodel, hypermodel.objective, **options)
     tuner.search(x, y, validation_data=(x, y), shuffle=False, verbose=0)

@@ -293,10 +293,10 @@ def test_the_same_code_scales_a_plain_softmax(rng):
     assert tf_dropmax.calibration.best_temperature is best_temperature
 
 
-def test_two_replicas_see_every_example_once(data):
+def test_two_replicas_see_every_example_once(strategy, data):
     x, y = data
     expected = calibrate(classifier(), x, y)
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with strategy.scope():
         model = classifier()
     assert calibrate(model, x, y, batch_size=75) == pytest.approx(expected, rel=1e-5)
 

@@ -134,10 +134,10 @@ def test_a_second_call_of_the_head_returns_retain_probabilities(kwargs, rng):
 
 
 @pytest.mark.slow
-def test_two_replicas_count_every_example_once(blobs):
+def test_two_replicas_count_every_example_once(strategy, blobs):
     x, y = (part[:65] for part in blobs)  # In the last batch one replica has no row.
     labels = {"classes": y, "retain": y}
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with strategy.scope():
         model = two_outputs(jit_compile=False)
     single = two_outputs(jit_compile=False)
     single.set_weights(model.get_weights())
