@@ -36,7 +36,8 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def _float32():
+def _same_start():
+    keras.utils.set_random_seed(0)
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
