@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_dropmax.checks import check_number
 from tf_dropmax.head.inference import PREDICT_MODES
-from tf_dropmax.labels import are_sparse, at_label, label_weights
+from tf_dropmax.labels import are_sparse, at_label, in_rank_of, label_weights
 from tf_dropmax.modes import heads_of
 
 _LARGEST = 100.0  # Temperatures are searched from 1 / 100 to 100.
@@ -184,13 +184,9 @@ class _WithLabels(keras.Model):
             )
         if y is None:
             raise ValueError("Expected labels: `y`, or batches (x, y). Received: none")
-        positions = tf.shape(log_p)[:-1]
-        weights = tf.cast(1.0 if sample_weight is None else sample_weight, log_p.dtype)
-        if weights.shape.rank == log_p.shape.rank:
-            weights = tf.squeeze(weights, axis=-1)
-        while 0 < weights.shape.rank < log_p.shape.rank - 1:
-            weights = weights[..., tf.newaxis]
-        weights = tf.broadcast_to(weights, positions)
+        weights = tf.ones_like(log_p[..., 0])
+        if sample_weight is not None:
+            weights *= in_rank_of(weights, sample_weight)
         return log_p, _dense(tf.convert_to_tensor(y), log_p, weights), weights
 
 

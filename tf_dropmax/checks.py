@@ -21,9 +21,9 @@ def check_boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_positive_int(name: str, value: Any) -> int:
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+def check_int(name: str, value: Any, least: int = 1) -> int:
+    if not _is_int(value) or value < least:
+        raise ValueError(f"`{name}` must be an int >= {least}. Received: {name}={value!r}")
     return int(value)
 
 
@@ -33,23 +33,10 @@ def check_seed(value: Any, name: str = "seed") -> int | None:
     return None if value is None else int(value)
 
 
-def check_warmup(value: Any) -> int:
-    if not _is_int(value) or value < 0:
-        raise ValueError(
-            f"`entropy_warmup` must be an int >= 0. Received: entropy_warmup={value!r}"
-        )
-    return int(value)
-
-
 def check_number(name: str, value: Any, expected: str, valid: Callable[[float], bool]) -> float:
     """A Python, NumPy or eager TensorFlow number as a float."""
-    number = value
-    if hasattr(value, "numpy"):
-        number = value.numpy()
-    if isinstance(number, np.ndarray) and number.ndim == 0:
-        number = number[()]
-    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not is_number or not valid(float(number)):
+    number = np.asarray(value)
+    if number.ndim > 0 or number.dtype.kind not in "iuf" or not valid(float(number)):
         raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
     return float(number)
 
@@ -63,7 +50,7 @@ def check_temperature(name: str, value: Any) -> float:
     return check_number(name, value, "a float in [1e-6, 1e6]", lambda x: 1e-6 <= x <= 1e6)
 
 
-def check_probability(name: str, value: Any) -> float:
+def check_fraction(name: str, value: Any) -> float:
     return check_number(name, value, "a float in (0, 1)", lambda x: 0 < x < 1)
 
 

@@ -132,6 +132,27 @@ def _same_shape(labels, values, name):
         return tf.identity(labels)
 
 
+def in_rank_of(values: tf.Tensor, weights: Any) -> tf.Tensor:
+    """Sample weights that broadcast with the values of the examples or positions.
+
+    Args:
+        values: Tensor, shape `(batch, ...)`.
+        weights: Tensor or array, shape `(batch,)`, `(batch, ...)`, or the same with a last
+            dimension of 1.
+
+    Returns:
+        Tensor of the rank and dtype of `values`.
+
+    Example:
+
+    >>> from tf_dropmax.labels import in_rank_of
+    >>> in_rank_of(tf.zeros((2, 5)), [0.5, 1.0]).numpy().tolist()
+    [[0.5], [1.0]]
+    """
+    shape = tf.concat([tf.shape(weights), tf.ones_like(tf.shape(values))], axis=0)
+    return tf.reshape(tf.cast(weights, values.dtype), shape[: values.shape.rank])
+
+
 def checked(values: tf.Tensor, valid: tf.Tensor, *message: Any) -> tf.Tensor:
     """`values`, after a check at run time that all of them are valid.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from tf_dropmax.checks import check_one_of, check_positive_int
+from tf_dropmax.checks import check_int, check_one_of
 from tf_dropmax.head import DropMaxHead
 from tf_dropmax.head.inference import PREDICT_MODES
 from tf_dropmax.keras_internals import layers_in
@@ -115,7 +115,7 @@ def _in_mode(
 def _check(mode: Any, samples: Any) -> None:
     check_one_of("mode", mode, PREDICT_MODES)
     if samples is not None:
-        check_positive_int("samples", samples)
+        check_int("samples", samples)
 
 
 class CopiedWithoutModel(keras.callbacks.Callback):

@@ -14,9 +14,8 @@ The setting that matters most is `entropy_weight`. You can tune it without this 
 >>> objective = keras_tuner.Objective("val_nll", "min")
 >>> tuner = keras_tuner.RandomSearch(build, objective, max_trials=20, directory=directory)
 
-`dropmax_head` knows the other settings that are worth a search, with their ranges. `feature_decay`
-is a layer before the head with a penalty that is worth a search too. `DropMaxHyperModel` also
-builds and compiles the model.
+`dropmax_head` knows the other settings that are worth a search, with their ranges.
+`DropMaxHyperModel` also builds and compiles the model.
 
 Use a metric on validation data as the objective: `val_nll` as above, or `val_accuracy`. Do not use
 the training loss: it depends on `entropy_weight`, so a tuner could lower it without a better model.
@@ -45,6 +44,7 @@ import keras
 import keras_tuner
 
 from tf_dropmax.head import DropMaxHead
+from tf_dropmax.head.variants import class_scale
 from tf_dropmax.losses import DropMaxLoss
 from tf_dropmax.metrics import NegativeLogLikelihood
 
@@ -107,14 +107,14 @@ def dropmax_head(
 
     settings: dict[str, Any] = {}
     if "entropy_weight" in tune:
-        settings["entropy_weight"] = around("entropy_weight", min(1.0, 30 / units), 0.01, 10)
+        settings["entropy_weight"] = around("entropy_weight", class_scale(units), 0.01, 10)
     if "temperature" in tune:
         settings["temperature"] = around("temperature", 0.1, 0.5, 10)
     if "posterior" in tune:
         settings["posterior"] = hp.Choice("posterior", ["prior", "label"])
         with hp.conditional_scope("posterior", ["label"]):
             # keras-tuner gives `None` if the posterior is "prior". Then the head uses its default.
-            weight = around("auxiliary_weight", min(0.1, 3 / units), 0.1, 10)
+            weight = around("auxiliary_weight", 0.1 * class_scale(units), 0.1, 10)
             settings["auxiliary_weight"] = weight
     if "retain_l2" in tune:
         strength = hp.Choice("retain_l2", [0.0, 1e-4, 1e-3, 1e-2])
@@ -122,34 +122,6 @@ def dropmax_head(
             regularizer = keras.regularizers.L2(strength)
             settings["retain"] = {"kernel_regularizer": regularizer, **kwargs.pop("retain", {})}
     return DropMaxHead(units, **settings, **kwargs)
-
-
-def feature_decay(hp: keras_tuner.HyperParameters) -> keras.layers.ActivityRegularization:
-    """An L2 penalty of the features, a layer between the network and its head.
-
-    The penalty is `l2` times the squared norm of the features, averaged over the batch. (Before
-    version 3.13, Keras adds it up over the batch.) The entry `"feature_decay"` is 0, 0.001, 0.01
-    or 0.1. The penalty can save many errors if there are few examples of a class. It changes how
-    confident the predictions are: calibrate the model afterwards.
-
-    Args:
-        hp: A `keras_tuner.HyperParameters`.
-
-    Returns:
-        A `keras.layers.ActivityRegularization`.
-
-    Example:
-
-    >>> space = keras_tuner.HyperParameters()
-    >>> inputs, hidden = keras.Input((4,)), keras.layers.Dense(8, "relu")
-    >>> layers = [inputs, hidden, tuning.feature_decay(space), tuning.dropmax_head(space, 3)]
-    >>> model = keras.Sequential(layers)
-    >>> space.values
-    {'feature_decay': 0.0, 'entropy_weight': 1.0}
-    """
-    return keras.layers.ActivityRegularization(
-        l2=hp.Choice("feature_decay", [0.0, 0.001, 0.01, 0.1])
-    )
 
 
 class DropMaxHyperModel(keras_tuner.HyperModel):
@@ -168,8 +140,7 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
             trained weights of another.
         units: Positive int, the number of classes T.
         optimizer: String, or function of `hp` that returns an optimizer. Defaults to `"adam"`.
-        tune: As for `dropmax_head`. It may also contain `"feature_decay"`, the penalty of the
-            function `feature_decay`. Defaults to `("entropy_weight",)`.
+        tune: As for `dropmax_head`. Defaults to `("entropy_weight",)`.
         **kwargs: Arguments of `DropMaxHead`, except those that are tuned.
 
     Example:
@@ -233,12 +204,8 @@ class DropMaxHyperModel(keras_tuner.HyperModel):
         """
         features = self.features(hp)
         inputs = features.inputs[0] if isinstance(features, keras.Sequential) else features.input
-        output = features.outputs[0]
-        if "feature_decay" in self.tune:
-            output = feature_decay(hp)(output)
-        names = [name for name in self.tune if name != "feature_decay"]
-        head = dropmax_head(hp, self.units, names, **self.kwargs)
-        model = keras.Model(inputs, head(output))
+        head = dropmax_head(hp, self.units, self.tune, **self.kwargs)
+        model = keras.Model(inputs, head(features.outputs[0]))
         optimizer = self.optimizer if isinstance(self.optimizer, str) else self.optimizer(hp)
         metrics = ["accuracy", NegativeLogLikelihood(name="nll")]
         model.compile(optimizer, DropMaxLoss(), metrics=metrics)

@@ -13,7 +13,6 @@ import keras_tuner
 import numpy as np
 import pytest
 from keras_tuner import HyperParameters
-from packaging.version import Version
 
 from tf_dropmax import tuning
 from tf_dropmax.tuning import DropMaxHyperModel, dropmax_head
@@ -104,7 +103,7 @@ def test_a_tuned_setting_cannot_be_given(given):
 
 
 def test_a_hypermodel_can_be_pickled(rng):
-    arguments = {"tune": [*tuning.TUNABLE, "feature_decay"], "seed": 0, "kernel_regularizer": "l2"}
+    arguments = {"tune": tuning.TUNABLE, "seed": 0, "kernel_regularizer": "l2"}
     one = DropMaxHyperModel(features, 3, optimizer=adam, **arguments)
     other = pickle.loads(pickle.dumps(one))
     x = rng.normal(size=(5, 6)).astype("float32")
@@ -119,7 +118,7 @@ def test_a_hypermodel_does_not_start_tensorflow():
     """Threads and collective operations must be configured before that."""
     code = (
         "import tensorflow as tf; from tf_dropmax import tuning;"
-        "tuning.DropMaxHyperModel(lambda hp: None, 3, tune=['feature_decay', 'posterior']);"
+        "tuning.DropMaxHyperModel(lambda hp: None, 3, tune=['posterior']);"
         "tf.config.threading.set_inter_op_parallelism_threads(2)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
@@ -129,25 +128,6 @@ def test_wrong_arguments_of_the_head_raise_before_the_first_trial(tmp_path):
     hypermodel = DropMaxHyperModel(features, 3, temperature=-1.0)
     with pytest.raises(ValueError, match="`temperature` must be"):
         keras_tuner.RandomSearch(hypermodel, hypermodel.objective, directory=tmp_path)
-
-
-def test_the_penalty_of_the_features(rng):
-    tune = ["feature_decay", "entropy_weight"]
-    space = HyperParameters()
-    x = rng.normal(size=(5, 6)).astype("float32")
-    hypermodel = DropMaxHyperModel(features, 4, tune=tune, entropy_warmup=0)
-    hypermodel.build(space)
-    assert space.values == {"feature_decay": 0.0, "entropy_weight": 1.0}
-    space.values["feature_decay"] = 0.1
-    model = hypermodel.build(space)
-    penalty = model.layers[-2]
-    hidden = keras.Model(model.input, penalty.input)(x).numpy()
-    model(x, training=True)
-    # Before 3.13, Keras does not divide by the size of the batch.
-    batch = 5 if Version(keras.__version__) >= Version("3.13") else 1
-    entropy = 4 * np.log(2)
-    expected = 0.1 * np.square(hidden).sum() / batch - entropy
-    assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_dense_labels(tmp_path, blobs):

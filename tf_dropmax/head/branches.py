@@ -51,7 +51,13 @@ class BranchedLayer(keras.layers.Layer):
         super().__init__(**{"dtype": policy, **kwargs})
         classes = {"kernel_initializer": "glorot_uniform", "dtype": policy, **of_dense}
         shared = {name: classes[name] for name in ("use_bias", "dtype") if name in classes}
-        others = {"kernel_initializer": "zeros"} | shared | (retain or {})
+        retain = retain or {}
+        if unknown := set(retain) - _DENSE_ARGUMENTS - {"dtype", "trainable"}:
+            raise ValueError(
+                f"`retain` must have arguments of `Dense` out of {sorted(_DENSE_ARGUMENTS)}. "
+                f"Received: {sorted(unknown)}"
+            )
+        others = {"kernel_initializer": "zeros"} | shared | retain
         self.units, self.seed = units, seed
         self.branches = {
             name: _dense(name, units, seed, classes if name == "classes" else others)

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dropmax import functional
-from tf_dropmax.checks import check_one_of, check_positive_int
+from tf_dropmax.checks import check_int, check_one_of
 from tf_dropmax.head.inspection import InspectedLayer
 from tf_dropmax.head.models import follow_mode
 from tf_dropmax.head.settings import CheckedSetting
@@ -30,7 +30,7 @@ class PredictingLayer(InspectedLayer):
         'What inference computes: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`.',
     )
     predict_samples = CheckedSetting(
-        check_positive_int, 'Number of masks in mode `"sampled"`, a positive int.'
+        check_int, 'Number of masks in mode `"sampled"`, a positive int.'
     )
 
     def __init__(self, predict_mode: str, predict_samples: int, *args: Any, **kwargs: Any):

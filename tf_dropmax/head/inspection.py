@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tf_dropmax import functional
-from tf_dropmax.checks import check_positive_int
+from tf_dropmax.checks import check_int
 from tf_dropmax.head.branches import BranchedLayer
 from tf_dropmax.seeds import derived_seed, next_seed
-
-if TYPE_CHECKING:
-    from tensorflow_probability.python.distributions import RelaxedBernoulli
 
 
 class InspectedLayer(BranchedLayer):
@@ -82,13 +79,13 @@ class InspectedLayer(BranchedLayer):
         >>> result.mutual_information.shape, result.spread.shape
         (TensorShape([2]), TensorShape([2, 3]))
         """
-        samples = check_positive_int("samples", samples)
+        samples = check_int("samples", samples)
         logits, retain_logits = (self(features, output=o) for o in ("logits", "retain_logits"))
         return functional.uncertainty(
             logits, retain_logits, samples, next_seed(self._predict_seeds)
         )
 
-    def mask_distribution(self, features: Any) -> RelaxedBernoulli:
+    def mask_distribution(self, features: Any) -> Any:
         """The distribution of the relaxed training masks, eq. (6).
 
         It has methods such as `log_prob` and `sample`. The head draws from the same distribution by

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,29 +11,19 @@ import tensorflow as tf
 from tf_dropmax import functional
 from tf_dropmax.checks import (
     check_boolean,
+    check_fraction,
+    check_int,
     check_one_of,
-    check_positive_int,
-    check_probability,
     check_seed,
     check_temperature,
-    check_warmup,
     check_weight,
 )
 from tf_dropmax.head.branches import OUTPUTS, arguments_of
 from tf_dropmax.head.inference import PredictingLayer
 from tf_dropmax.head.models import check_loss
 from tf_dropmax.head.settings import TrainingSetting
-from tf_dropmax.head.variants import (
-    TrainingStep,
-    Variant,
-    default_auxiliary_weight,
-    default_entropy_weight,
-    variant_of,
-)
+from tf_dropmax.head.variants import TrainingStep, Variant, class_scale, variant_of
 from tf_dropmax.seeds import derived_seed, next_seed
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 POSTERIORS = ("prior", "label")
 
@@ -161,31 +151,28 @@ class DropMaxHead(PredictingLayer):
         **kwargs: Any,
     ):
         if retain_probability is not None:
-            retain_probability = check_probability("retain_probability", retain_probability)
+            retain_probability = check_fraction("retain_probability", retain_probability)
         check_boolean("stochastic", stochastic)
         check_one_of("posterior", posterior, POSTERIORS)
         variant = self._make_variant(retain_probability, stochastic, posterior)
-        units, seed = check_positive_int("units", units), check_seed(seed)
+        units, seed = check_int("units", units), check_seed(seed)
         super().__init__(
             predict_mode, predict_samples, units, variant.branches, seed, retain, **kwargs
         )
         self.variant, self.posterior = variant, posterior
         self.retain_probability, self.stochastic = retain_probability, bool(stochastic)
         self.temperature = temperature
-        self.entropy_weight = (
-            default_entropy_weight(self.units) if entropy_weight is None else entropy_weight
-        )
-        self.entropy_warmup = check_warmup(entropy_warmup)
-        self.auxiliary_weight = (
-            default_auxiliary_weight(self.units) if auxiliary_weight is None else auxiliary_weight
-        )
+        self.entropy_warmup = check_int("entropy_warmup", entropy_warmup, least=0)
+        scale = class_scale(units)
+        self.entropy_weight = scale if entropy_weight is None else entropy_weight
+        self.auxiliary_weight = 0.1 * scale if auxiliary_weight is None else auxiliary_weight
         # Not the stream of prediction masks, so that a prediction never changes the training.
         self._train_seeds = keras.random.SeedGenerator(derived_seed(seed, "training masks"))
         # Keras tracks the generator. TensorFlow's checkpoints and SavedModels need the variable.
         self._train_seed_state = self._train_seeds.state.value
 
     @classmethod
-    def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> Self:
+    def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> DropMaxHead:
         """A built head that starts from a copy of the weights of a trained `Dense` layer.
 
         The head has the arguments of `dense`, unless you pass others. In mode `"expected"` it
@@ -223,10 +210,7 @@ class DropMaxHead(PredictingLayer):
             )
         head = cls(dense.units, **{**arguments_of(dense), **kwargs})
         head.build((None, dense.kernel.shape[0]))
-        classes = head.branches["classes"]
-        classes.kernel.assign(dense.kernel)
-        if dense.bias is not None and classes.bias is not None:
-            classes.bias.assign(dense.bias)
+        head.branches["classes"].set_weights(dense.get_weights())
         return head
 
     def _make_variant(

@@ -13,25 +13,10 @@ import tensorflow as tf
 
 from tf_dropmax import functional
 
-_FULL_WEIGHT_CLASSES = 30
-
 
 def class_scale(units: int) -> float:
-    """Factor `min(1, 30 / units)` of the default weights.
-
-    It applies to terms that are sums over classes.
-    """
-    return min(1.0, _FULL_WEIGHT_CLASSES / units)
-
-
-def default_entropy_weight(units: int) -> float:
-    """The default `entropy_weight` of a head."""
-    return class_scale(units)
-
-
-def default_auxiliary_weight(units: int) -> float:
-    """The default `auxiliary_weight` of a head."""
-    return 0.1 * class_scale(units)
+    """Factor of the default weights of terms that are sums over classes. It is 1 up to 30."""
+    return min(1.0, 30 / units)
 
 
 class TrainingStep(NamedTuple):

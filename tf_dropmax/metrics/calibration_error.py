@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.checks import check_one_of, check_positive_int
+from tf_dropmax.checks import check_int, check_one_of
 from tf_dropmax.keras_internals import get_mask, less_is_better
-from tf_dropmax.labels import at_label
+from tf_dropmax.labels import at_label, in_rank_of
 from tf_dropmax.metrics.probabilities import to_probabilities
 
 # For bins of equal weight: cells of equal width in the log-odds of the confidence, from -16 to 16,
@@ -88,7 +88,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         dtype: Any = None,
     ):
         super().__init__(name=name, dtype=dtype)
-        self.bins = check_positive_int("bins", bins)
+        self.bins = check_int("bins", bins)
         self.binning = check_one_of("binning", binning, ("width", "mass"))
         self.from_logits = from_logits
         # For each cell the sums of weight, weight * confidence and weight * accuracy. In float64
@@ -112,10 +112,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         weight = tf.ones_like(confidence)
         for factor in (sample_weight, get_mask(y_pred)):
             if factor is not None:
-                # Shapes `(batch,)`, `(batch, 1)`, ... in the rank of the confidence.
-                shape = tf.concat([tf.shape(factor), tf.ones_like(tf.shape(weight))], 0)
-                shape = shape[: weight.shape.rank]
-                weight *= tf.reshape(tf.cast(factor, tf.float64), shape)
+                weight *= in_rank_of(weight, factor)
         parts = tf.stack([weight, weight * confidence, weight * right], axis=-1)
         cells = self._cell(confidence)
         self._sums.assign_add(tf.math.unsorted_segment_sum(parts, cells, self._cells))

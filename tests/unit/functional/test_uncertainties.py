@@ -125,7 +125,7 @@ def test_of_a_head(kwargs, rng):
 def test_wrong_arguments():
     head = DropMaxHead(4)
     for features, samples, message in [
-        (np.ones((2, 6), "float32"), 0, "`samples` must be a positive int"),
+        (np.ones((2, 6), "float32"), 0, "`samples` must be an int >= 1"),
         (np.ones((2, 7), "float32"), 5, "axis -1 of input shape to have value 6"),
     ]:
         head.uncertainty(np.ones((2, 6), "float32"), samples=1)
