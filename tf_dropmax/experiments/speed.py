@@ -91,13 +91,11 @@ def _table(part, rows):
     names = dict.fromkeys(name for row in rows for name in row if name != "what")
     table = Table("", *names, title=f"{part}: ratios to the first", box=MARKDOWN)
     for row in rows:
-        table.add_row(row["what"], *(_cell(row.get(name)) for name in names))
+        table.add_row(row["what"], *(_cell(row[name]) if name in row else "" for name in names))
     return table
 
 
 def _cell(value):
-    if value is None:
-        return ""
     numbers = ", ".join(f"{value[unit]:.3g} {unit}" for unit in ("ms", "MiB") if unit in value)
     return f"{value['ratio']:.2f} ({numbers})"
 
@@ -201,10 +199,7 @@ def head(classes: Sequence[int], policies: Sequence[str], repeats: int) -> Rows:
 
 
 def compilation(classes: Sequence[int] = (10, 1000), repeats: int = 3) -> Rows:
-    """The first training step with XLA: tracing, compilation and one step.
-
-    It is that of the head alone, and that of LeNet as a Keras model.
-    """
+    """The first training step with XLA, tracing included, of the head alone and of LeNet."""
 
     def of_head(name, count):
         return training_step(name, count, compiled=True)()
@@ -278,14 +273,7 @@ def memory(classes: Sequence[int], batch: int) -> Rows:
 
 
 def peak(name: str, classes: int, compiled: bool = False, batch: int = BATCH) -> dict[str, float]:
-    """Peak memory and time of a training step in a new process.
-
-    Args:
-        name, classes, compiled, batch: As for `training_step`.
-
-    Returns:
-        `"MiB"`, without the memory of TensorFlow itself, and `"ms"`.
-    """
+    """`"MiB"` and `"ms"` of a `training_step` in a new process, without TensorFlow's own memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak, name, classes, compiled, batch).result()
 

@@ -120,14 +120,7 @@ def examples(
         axes.set_title(title, fontsize=10, pad=9)
     for axes in grid[-1, 1:]:
         axes.set_xlabel("class")
-    figure.legend(
-        [triangle],
-        ["true class"],
-        loc="outside upper left",
-        frameon=False,
-        handlelength=1,
-        handletextpad=0.3,
-    )
+    figure.legend([triangle], ["true class"], loc="outside upper left", frameon=False)
     figure.colorbar(drawn, ax=grid, shrink=min(1, 2.5 / figure.get_figheight()), pad=0.02)
     return figure
 
