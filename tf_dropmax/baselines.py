@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from tf_dropmax import functional
-from tf_dropmax.checks import check_fraction, check_one_of, check_seed
+from tf_dropmax.checks import check_fraction, check_one_of, check_optional_int
 from tf_dropmax.functional.kernels import traced_once
 from tf_dropmax.functional.numerics import LIMIT, relative_to_maximum, to_float
 from tf_dropmax.labels import are_sparse, label_weights
@@ -109,7 +109,7 @@ class SampledSoftmaxLoss(LabelLoss):
         super().__init__(**kwargs)
         self.sample_fraction = check_fraction("sample_fraction", sample_fraction)
         self.sampler = check_one_of("sampler", sampler, ("uniform", "learned_unigram"))
-        self.seed = check_seed(seed)
+        self.seed = check_optional_int("seed", seed)
         self._seeds = keras.random.SeedGenerator(derived_seed(self.seed, "samples"))
         self._counts: tf.Variable | None = None
 

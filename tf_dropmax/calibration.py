@@ -11,12 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.checks import check_number
-from tf_dropmax.head.inference import PREDICT_MODES
+from tf_dropmax.head.inference import MAX_TEMPERATURE
 from tf_dropmax.labels import are_sparse, at_label, in_rank_of, label_weights
 from tf_dropmax.modes import heads_of
-
-_LARGEST = 100.0  # Temperatures are searched from 1 / 100 to 100.
 
 
 def set_predict_temperature(model: keras.layers.Layer, temperature: float = 1.0) -> None:
@@ -43,14 +40,8 @@ def set_predict_temperature(model: keras.layers.Layer, temperature: float = 1.0)
     >>> head.predict_temperatures.numpy()  # of "expected", "sampled", "exact" and "softmax"
     array([2., 1., 1., 1.], dtype=float32)
     """
-    expected = f"a float in [{1 / _LARGEST}, {_LARGEST}]"
-    temperature = check_number(
-        "temperature", temperature, expected, lambda value: 1 / _LARGEST <= value <= _LARGEST
-    )
     for head in heads_of(model):
-        of_modes = head.predict_temperatures.numpy()
-        of_modes[PREDICT_MODES.index(head.predict_mode)] = temperature
-        head.predict_temperatures.assign(of_modes)
+        head.predict_temperature = temperature
 
 
 def calibrate(
@@ -82,7 +73,8 @@ def calibrate(
             `keras.utils.PyDataset` or generator of batches `(x, y)` or `(x, y, sample_weight)`.
         y: Labels of the arrays, as for `DropMaxLoss`: sparse, one-hot or soft. It must be `None`
             if `x` has the labels. Defaults to `None`.
-        sample_weight: `None`, or weights of the examples or positions. Defaults to `None`.
+        sample_weight: `None`, or weights of the examples or positions of the arrays. Defaults to
+            `None`.
         batch_size: `None` or positive int, as for `model.evaluate`. Defaults to `None`.
 
     Returns:
@@ -113,6 +105,11 @@ def calibrate(
             f"{model.name!r} of type {type(model).__name__}, which has {len(heads)}"
         )
     of_arrays = y is not None
+    if sample_weight is not None and not of_arrays:
+        raise ValueError(
+            "If `x` has the labels, it has the weights too: batches (x, y, sample_weight). "
+            "Received: `sample_weight` without `y`"
+        )
     if getattr(getattr(y, "dtype", None), "kind", None) in ("S", "U"):
         raise ValueError(f"Expected labels that are numbers. Received: y.dtype={y.dtype}")
     with model.distribute_strategy.scope():
@@ -228,11 +225,11 @@ def _fitted(log_p, dense, weights, present=1.0):
         mean = np.sum(p * log_p, axis=-1) / p.sum(axis=-1)
         return np.sum(mass * mean) - target
 
-    low, high = np.log(1 / _LARGEST / present), np.log(_LARGEST / present)
+    low, high = np.log(1 / MAX_TEMPERATURE / present), np.log(MAX_TEMPERATURE / present)
     for _ in range(60):
         middle = (low + high) / 2
         if slope(np.exp(-middle)) > 0:  # The inverse is too large, the temperature too small.
             low = middle
         else:
             high = middle
-    return float(np.clip(present * np.exp((low + high) / 2), 1 / _LARGEST, _LARGEST))
+    return float(np.clip(present * np.exp((low + high) / 2), 1 / MAX_TEMPERATURE, MAX_TEMPERATURE))

@@ -21,13 +21,13 @@ def check_boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_int(name: str, value: Any, least: int = 1) -> int:
-    if not _is_int(value) or value < least:
-        raise ValueError(f"`{name}` must be an int >= {least}. Received: {name}={value!r}")
+def check_positive_int(name: str, value: Any) -> int:
+    if not _is_int(value) or value < 1:
+        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
     return int(value)
 
 
-def check_seed(value: Any, name: str = "seed") -> int | None:
+def check_optional_int(name: str, value: Any) -> int | None:
     if value is not None and not _is_int(value):
         raise TypeError(f"`{name}` must be an int or `None`. Received: {name}={value!r}")
     return None if value is None else int(value)
@@ -46,8 +46,9 @@ def check_weight(name: str, value: Any) -> float:
     return check_number(name, value, "a float in [0, 1e6]", lambda x: 0 <= x <= 1e6)
 
 
-def check_temperature(name: str, value: Any) -> float:
-    return check_number(name, value, "a float in [1e-6, 1e6]", lambda x: 1e-6 <= x <= 1e6)
+def check_temperature(name: str, value: Any, largest: float = 1e6) -> float:
+    expected = f"a float in [{1 / largest:g}, {largest:g}]"
+    return check_number(name, value, expected, lambda x: 1 / largest <= x <= largest)
 
 
 def check_fraction(name: str, value: Any) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_dropmax.checks import check_number, check_seed
+from tf_dropmax.checks import check_number, check_one_of, check_optional_int
 from tf_dropmax.keras_internals import set_mask
 from tf_dropmax.labels import are_sparse, at_label, checked
 
@@ -29,7 +29,8 @@ class LabelLoss(keras.losses.Loss):
         if dtype is None:
             dtype = "float64" if keras.config.floatx() == "float64" else "float32"
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.ignore_class = check_seed(ignore_class, "ignore_class")
+        check_one_of("dtype", self.dtype, ("float32", "float64"))
+        self.ignore_class = check_optional_int("ignore_class", ignore_class)
         self.label_smoothing = check_number(
             "label_smoothing", label_smoothing, "a float in [0, 1)", lambda x: 0 <= x < 1
         )
@@ -79,8 +80,8 @@ class DropMaxLoss(LabelLoss):
         loss = -y_pred[y]                  sparse labels
         loss = -sum_t y_t y_pred_t         one-hot or soft labels
 
-    In training the head returns scores. The batch mean of this loss plus the entropy term that the
-    head adds by `add_loss` is the objective (15) with the opposite sign. This sum may be negative.
+    In training the head returns scores. The training loss of Keras, the mean of this loss plus the
+    entropy term that the head adds by `add_loss`, is minus the objective (15). It may be negative.
     At inference the head returns log-probabilities, and this loss is the negative log-likelihood
     in nats, if there is no `label_smoothing`. `evaluate` and `val_loss` report it.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from tf_dropmax.checks import check_int, check_one_of
+from tf_dropmax.checks import check_one_of, check_positive_int
 from tf_dropmax.head import DropMaxHead
 from tf_dropmax.head.inference import PREDICT_MODES
 from tf_dropmax.keras_internals import layers_in
@@ -69,9 +69,10 @@ def set_predict_mode(model: keras.layers.Layer, mode: str, samples: int | None =
             head.predict_samples = samples
 
 
+@contextlib.contextmanager
 def predict_mode(
     model: keras.layers.Layer, mode: str, samples: int | None = None
-) -> contextlib.AbstractContextManager[keras.layers.Layer]:
+) -> Iterator[keras.layers.Layer]:
     """Context manager in which every `DropMaxHead` of a model predicts in the given mode.
 
     When the block ends, also by an exception, every head returns to its earlier mode. The mode
@@ -95,14 +96,7 @@ def predict_mode(
     >>> head.predict_mode
     'expected'
     """
-    _check(mode, samples)  # Raises here and not where the block begins.
-    return _in_mode(model, heads_of(model), mode, samples)
-
-
-@contextlib.contextmanager
-def _in_mode(
-    model: keras.layers.Layer, heads: list[DropMaxHead], mode: str, samples: int | None
-) -> Iterator[keras.layers.Layer]:
+    heads = heads_of(model)
     before = [(head.predict_mode, head.predict_samples) for head in heads]
     try:
         set_predict_mode(model, mode, samples)
@@ -115,7 +109,7 @@ def _in_mode(
 def _check(mode: Any, samples: Any) -> None:
     check_one_of("mode", mode, PREDICT_MODES)
     if samples is not None:
-        check_int("samples", samples)
+        check_positive_int("samples", samples)
 
 
 class CopiedWithoutModel(keras.callbacks.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import tensorflow as tf
 
 from tf_dropmax import functional
 from tf_dropmax.head import DropMaxHead
+from tf_dropmax.labels import in_rank_of
 from tf_dropmax.metrics.retain import retain_statistics
 from tf_dropmax.modes import CopiedWithoutModel, heads_of
 
@@ -106,7 +108,8 @@ class _Evaluator(keras.Model):
             values = (*retain_statistics(labels, tf.sigmoid(retain_logits)), entropy)
             prefix = "" if len(self.heads) == 1 else f"{head.name}_"
             for (name, mean), value in zip(self.means[head.name].items(), values, strict=True):
-                mean.update_state(value, weights if mask is None else mask)
+                factors = [in_rank_of(value, f) for f in (weights, mask) if f is not None]
+                mean.update_state(value, math.prod(factors))
                 logs[prefix + name] = mean.result()
         if not logs:
             received = list(y) if isinstance(y, dict) else y
@@ -133,10 +136,10 @@ def _calls_of(head: DropMaxHead) -> Iterator[list[tuple[Any, Any, Any]]]:
     call = head.call
 
     def listen(inputs: Any, training: bool = False, mask: Any = None, **kwargs: Any) -> Any:
-        logits = call(inputs, output="logits")  # Not a prediction: it would draw masks.
+        output = call(inputs, training, mask, **kwargs)
         if kwargs.get("output", "classes") == "classes":
-            calls.append((inputs, mask, logits))
-        return logits
+            calls.append((inputs, mask, output))
+        return output
 
     head.call = listen  # type: ignore[method-assign]
     try:

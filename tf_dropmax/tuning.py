@@ -120,7 +120,8 @@ def dropmax_head(
         strength = hp.Choice("retain_l2", [0.0, 1e-4, 1e-3, 1e-2])
         if strength:
             regularizer = keras.regularizers.L2(strength)
-            settings["retain"] = {"kernel_regularizer": regularizer, **kwargs.pop("retain", {})}
+            given = kwargs.pop("retain", None) or {}
+            settings["retain"] = {**given, "kernel_regularizer": regularizer}
     return DropMaxHead(units, **settings, **kwargs)
 
 

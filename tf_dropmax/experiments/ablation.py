@@ -61,7 +61,6 @@ class PartialPrior(Variant):
 
     def __init__(self, masks: bool, kl: bool):
         self.masks, self.kl = masks, kl
-        self.settings = ("entropy_weight", "temperature") if masks else ("entropy_weight",)
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         masks = retain_logits = step.branch("retain")
@@ -97,7 +96,6 @@ class EntropyBesideSoftmax(Variant):
     """The plain softmax (2), and the entropy term of a retain branch that nothing else uses."""
 
     branches = ("retain",)
-    settings = ("entropy_weight",)
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         entropy = functional.mask_entropy(step.branch("retain"))

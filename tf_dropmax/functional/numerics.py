@@ -62,7 +62,7 @@ def log_larger(x: tf.Tensor) -> tf.Tensor:
 def log_probabilities(log_weights: tf.Tensor, temperature: float | tf.Tensor = 1.0) -> tf.Tensor:
     """`log_softmax(log_weights / temperature)`, with which every mode ends.
 
-    No entry is 0, but its gradient is that of `log_softmax`.
+    Entries that round to 0 are set just below 0. The gradient ignores this.
 
     Args:
         log_weights: Tensor, shape `(..., T)`, for example log-probabilities.

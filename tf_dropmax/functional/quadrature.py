@@ -62,7 +62,7 @@ def exact_log_probabilities(
     `s` it is all but linear in `s`, so the nodes lie twice as far apart there: the rule is applied
     in `v`, with `log s = v - log(1 + exp(-v)) + constant`. One pass over the nodes serves all
     classes. Memory is O(B T). Time is O(Q B T), by the row with the most nodes Q. If logits
-    spread by no more than 60, Q is from about 20 to 110 in float32, and from 70 to 270 in float64.
+    spread by no more than 60, Q is from about 10 to 110 in float32, and at most 270 in float64.
 
     The error of a probability is below 1e-5 in float32 and 2e-12 in float64. The error of its
     logarithm is below 0.02 in float32 and 1e-6 in float64, if the retain probability of the class

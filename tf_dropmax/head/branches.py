@@ -52,11 +52,9 @@ class BranchedLayer(keras.layers.Layer):
         classes = {"kernel_initializer": "glorot_uniform", "dtype": policy, **of_dense}
         shared = {name: classes[name] for name in ("use_bias", "dtype") if name in classes}
         retain = retain or {}
-        if unknown := set(retain) - _DENSE_ARGUMENTS - {"dtype", "trainable"}:
-            raise ValueError(
-                f"`retain` must have arguments of `Dense` out of {sorted(_DENSE_ARGUMENTS)}. "
-                f"Received: {sorted(unknown)}"
-            )
+        known = sorted(_DENSE_ARGUMENTS | {"dtype", "trainable"})
+        if unknown := sorted(set(retain) - set(known)):
+            raise ValueError(f"`retain` must have keys out of {known}. Received: {unknown}")
         others = {"kernel_initializer": "zeros"} | shared | retain
         self.units, self.seed = units, seed
         self.branches = {
@@ -75,7 +73,7 @@ class BranchedLayer(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: input_shape[-1]})
 
     def branch(self, name: str, features: Any) -> tf.Tensor:
-        """Logits of a branch. The matrix product is in its dtype policy, the rest is not."""
+        """Logits of a branch, computed in its dtype policy and cast to `output_dtype`."""
         return tf.cast(self.branches[name](features), self.output_dtype)
 
     @property

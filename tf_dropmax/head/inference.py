@@ -8,13 +8,14 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dropmax import functional
-from tf_dropmax.checks import check_int, check_one_of
+from tf_dropmax.checks import check_one_of, check_positive_int, check_temperature
 from tf_dropmax.head.inspection import InspectedLayer
 from tf_dropmax.head.models import follow_mode
 from tf_dropmax.head.settings import CheckedSetting
 from tf_dropmax.seeds import next_seed
 
 PREDICT_MODES = ("expected", "sampled", "exact", "softmax")
+MAX_TEMPERATURE = 100.0  # of predictions; the smallest is 1 / 100
 
 
 class PredictingLayer(InspectedLayer):
@@ -30,7 +31,7 @@ class PredictingLayer(InspectedLayer):
         'What inference computes: `"expected"`, `"sampled"`, `"exact"` or `"softmax"`.',
     )
     predict_samples = CheckedSetting(
-        check_int, 'Number of masks in mode `"sampled"`, a positive int.'
+        check_positive_int, 'Number of masks in mode `"sampled"`, a positive int.'
     )
 
     def __init__(self, predict_mode: str, predict_samples: int, *args: Any, **kwargs: Any):
@@ -47,8 +48,18 @@ class PredictingLayer(InspectedLayer):
 
     @property
     def predict_temperature(self) -> float:
-        """Temperature of the log-probabilities of the present mode. `calibrate` fits it."""
+        """Temperature of the log-probabilities of the current mode, a float in [0.01, 100].
+
+        `calibrate` fits it. You can set it at any time.
+        """
         return float(self.predict_temperatures.numpy()[PREDICT_MODES.index(self.predict_mode)])
+
+    @predict_temperature.setter
+    def predict_temperature(self, value: float) -> None:
+        of_modes = self.predict_temperatures.numpy()
+        value = check_temperature("predict_temperature", value, MAX_TEMPERATURE)
+        of_modes[PREDICT_MODES.index(self.predict_mode)] = value
+        self.predict_temperatures.assign(of_modes)
 
     @property
     def traced_setting(self) -> tuple[str, int | None]:

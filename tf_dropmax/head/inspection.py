@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tf_dropmax import functional
-from tf_dropmax.checks import check_int
+from tf_dropmax.checks import check_positive_int
 from tf_dropmax.head.branches import BranchedLayer
 from tf_dropmax.seeds import derived_seed, next_seed
 
@@ -79,7 +79,7 @@ class InspectedLayer(BranchedLayer):
         >>> result.mutual_information.shape, result.spread.shape
         (TensorShape([2]), TensorShape([2, 3]))
         """
-        samples = check_int("samples", samples)
+        samples = check_positive_int("samples", samples)
         logits, retain_logits = (self(features, output=o) for o in ("logits", "retain_logits"))
         return functional.uncertainty(
             logits, retain_logits, samples, next_seed(self._predict_seeds)
@@ -108,7 +108,7 @@ class InspectedLayer(BranchedLayer):
         >>> head.mask_distribution(np.ones((2, 4), "float32")).sample(seed=1).shape
         TensorShape([2, 3])
         """
-        if "temperature" not in self.variant.settings:
+        if self.retain_probability is not None or not self.stochastic:
             raise ValueError(
                 "A head has relaxed masks if `retain_probability=None` and `stochastic=True`. "
                 f"Received: retain_probability={self.retain_probability}, "

@@ -12,9 +12,9 @@ from tf_dropmax import functional
 from tf_dropmax.checks import (
     check_boolean,
     check_fraction,
-    check_int,
     check_one_of,
-    check_seed,
+    check_optional_int,
+    check_positive_int,
     check_temperature,
     check_weight,
 )
@@ -68,9 +68,9 @@ class DropMaxHead(PredictingLayer):
             regulariser (14). Larger values push retain probabilities towards 1/2. The regulariser
             is a sum over classes. With many classes, a weight of 1 can prevent a network from
             learning. `None` is `min(1, 30 / units)`. Defaults to `None`.
-        entropy_warmup: Non-negative int, number of training steps (more exactly: calls in training)
-            in which the weight of the regulariser rises from 0 to `entropy_weight`. It lets the
-            retain branch grow first. 0 is as in the paper. Defaults to 100.
+        entropy_warmup: Float in [0, 1e6], number of training steps (more exactly: calls in
+            training) in which the weight of the regulariser rises from 0 to `entropy_weight`. It
+            lets the retain branch grow first. 0 is as in the paper. Defaults to 100.
         retain_probability: `None` or float in (0, 1). `None` is adaptive DropMax, which learns the
             retain probability as a function of the features. A float is random DropMax: hard masks
             keep each class with this probability, and always keep the target. Random DropMax has no
@@ -126,6 +126,9 @@ class DropMaxHead(PredictingLayer):
     entropy_weight = TrainingSetting(
         check_weight, "Weight of the entropy regulariser (14), the paper's lambda, a float."
     )
+    entropy_warmup = TrainingSetting(
+        check_weight, "Training steps in which the weight of the regulariser rises, a float."
+    )
     temperature = TrainingSetting(
         check_temperature, "Temperature of the relaxed masks (6), a float."
     )
@@ -139,7 +142,7 @@ class DropMaxHead(PredictingLayer):
         *,
         posterior: str = "prior",
         entropy_weight: float | None = None,
-        entropy_warmup: int = 100,
+        entropy_warmup: float = 100,
         retain_probability: float | None = None,
         stochastic: bool = True,
         temperature: float = 0.1,
@@ -155,14 +158,14 @@ class DropMaxHead(PredictingLayer):
         check_boolean("stochastic", stochastic)
         check_one_of("posterior", posterior, POSTERIORS)
         variant = self._make_variant(retain_probability, stochastic, posterior)
-        units, seed = check_int("units", units), check_seed(seed)
+        units, seed = check_positive_int("units", units), check_optional_int("seed", seed)
         super().__init__(
             predict_mode, predict_samples, units, variant.branches, seed, retain, **kwargs
         )
         self.variant, self.posterior = variant, posterior
         self.retain_probability, self.stochastic = retain_probability, bool(stochastic)
         self.temperature = temperature
-        self.entropy_warmup = check_int("entropy_warmup", entropy_warmup, least=0)
+        self.entropy_warmup = entropy_warmup
         scale = class_scale(units)
         self.entropy_weight = scale if entropy_weight is None else entropy_weight
         self.auxiliary_weight = 0.1 * scale if auxiliary_weight is None else auxiliary_weight
@@ -175,8 +178,8 @@ class DropMaxHead(PredictingLayer):
     def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> DropMaxHead:
         """A built head that starts from a copy of the weights of a trained `Dense` layer.
 
-        The head has the arguments of `dense`, unless you pass others. In mode `"expected"` it
-        predicts what the softmax of `dense` did.
+        The head has the initializers, regularizers, constraints and dtype policy of `dense`, unless
+        you pass others. In mode `"expected"` it predicts what the softmax of `dense` did.
 
         Args:
             dense: A built `keras.layers.Dense` with activation `"linear"` or `"softmax"`, not
@@ -259,11 +262,11 @@ class DropMaxHead(PredictingLayer):
 
         settings = {
             name: getattr(DropMaxHead, name).tensor(self, logits.dtype)
-            for name in ("entropy_weight", "temperature", "auxiliary_weight")
+            for name in ("entropy_weight", "entropy_warmup", "temperature", "auxiliary_weight")
         }
-        if self.entropy_warmup:
-            progress = tf.cast(seed[1], logits.dtype) / self.entropy_warmup
-            settings["entropy_weight"] *= tf.minimum(progress, 1)
+        warmup = settings.pop("entropy_warmup")
+        ahead = tf.maximum(warmup - tf.cast(seed[1], logits.dtype), 0)
+        settings["entropy_weight"] *= 1 - tf.math.divide_no_nan(ahead, warmup)
         step = TrainingStep(logits, lambda name: self.branch(name, features), uniform, **settings)
         scores, entropy = self.variant.scores_and_entropy(step)
         if entropy is not None:

@@ -20,7 +20,7 @@ _METHODS = {
     "predict": ("predict_step", "predict", "predict_on_batch"),
 }
 _KINDS = {method: kind for kind, methods in _METHODS.items() for method in methods}
-_KEPT = 8  # A model keeps so many functions of each kind: those that it made last.
+_KEPT = 8  # Functions kept for each model and kind. The oldest is dropped first.
 
 
 def running_models() -> Iterator[tuple[keras.Model, str]]:
@@ -57,7 +57,7 @@ class FunctionByMode:
         self._functions = {(): getattr(model, f"{kind}_function")}
 
     def add(self, head: Any) -> None:
-        """Adds a head of which the function of the present mode holds a prediction."""
+        """Registers a head whose prediction is in the function of the current mode."""
         if all(head is not other for other in self._heads):
             function = self._functions.get(self._mode())
             self._heads.append(head)
@@ -97,7 +97,8 @@ def follow_mode(head: Any) -> None:
 def check_loss() -> None:
     """Refuses the training of a head by losses that take its scores for logits.
 
-    It allows losses of the user's own, and models with their own `train_step` or `compute_loss`.
+    It allows compiled losses of the user's own, and models with their own `train_step` or
+    `compute_loss`.
 
     Raises:
         ValueError: If every loss with which the model was compiled is one of Keras, or the model is

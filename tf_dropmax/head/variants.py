@@ -42,11 +42,9 @@ class Variant:
 
     Attributes:
         branches: The names of the linear branches that it needs besides the logits.
-        settings: The names of the settings of `TrainingStep` that have an effect.
     """
 
     branches: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor | None]:
         """The scores and the sum of the mask entropies.
@@ -72,7 +70,6 @@ class Prior(Variant):
     """Adaptive DropMax, eq. (15): relaxed masks from the prior (9)."""
 
     branches = ("retain",)
-    settings = ("entropy_weight", "temperature")
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         retain_logits = step.branch("retain")
@@ -86,7 +83,6 @@ class Attention(Variant):
     """Deterministic attention: eq. (18) with the entropy term. There is no KL divergence."""
 
     branches = ("retain",)
-    settings = ("entropy_weight",)
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         retain_logits = step.branch("retain")
@@ -106,8 +102,6 @@ class Label(Variant):
 
     def __init__(self, stochastic: bool):
         self.stochastic = stochastic
-        temperature = ("temperature",) if stochastic else ()
-        self.settings = ("entropy_weight", "auxiliary_weight", *temperature)
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         retain_logits, auxiliary_logits = step.branch("retain"), step.branch("auxiliary")

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.checks import check_int, check_one_of
+from tf_dropmax.checks import check_one_of, check_positive_int
 from tf_dropmax.keras_internals import get_mask, less_is_better
 from tf_dropmax.labels import at_label, in_rank_of
 from tf_dropmax.metrics.probabilities import to_probabilities
@@ -47,9 +47,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
 
     With `binning="mass"` every bin holds the same weight. The ends of the bins are then known only
     after the last batch, so the metric keeps a histogram. It has 2048 cells, of width 1/64 in the
-    log-odds of the confidence. If a bin ends inside a cell, the metric divides the examples of this
-    cell as if they were all alike. For each of the `bins - 1` ends, this changes the result
-    by at most 0.51 times the share of the examples in the cell.
+    log-odds of the confidence. A cell in which a bin ends is divided in proportion. Each of the
+    `bins - 1` ends changes the result by at most 0.51 times the share of the examples in that cell.
 
     The result does not depend on the batch size. With a `DropMaxHead`, use only the validation
     values. In training the head returns scores, not log-probabilities.
@@ -88,7 +87,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         dtype: Any = None,
     ):
         super().__init__(name=name, dtype=dtype)
-        self.bins = check_int("bins", bins)
+        self.bins = check_positive_int("bins", bins)
         self.binning = check_one_of("binning", binning, ("width", "mass"))
         self.from_logits = from_logits
         # For each cell the sums of weight, weight * confidence and weight * accuracy. In float64

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from scipy.stats import spearmanr
 
-from tf_dropmax.checks import check_int
+from tf_dropmax.checks import check_positive_int
 from tf_dropmax.plots.common import (
     check_class_names,
     check_labels,
@@ -95,7 +95,7 @@ def top_and_bottom(
     >>> [text.get_text() for text in axes.get_yticklabels()]
     ['cat', 'ship']
     """
-    count = check_int("count", count)
+    count = check_positive_int("count", count)
     rows = np.atleast_2d(np.asarray(retain_probabilities, "float64"))
     retain = check_unit_interval("retain_probabilities", rows, "N", "T").mean(0)
     names = check_class_names(class_names, len(retain))

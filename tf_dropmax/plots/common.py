@@ -99,7 +99,7 @@ def dashes(index: int) -> str:
 
 
 def name_classes(axis: XAxis | YAxis, names: list[str]) -> None:
-    """Names up to twenty classes along an axis. Names about ten, evenly spaced, of more."""
+    """Names every class if there are at most twenty, otherwise about ten, evenly spaced."""
     count = len(names)
     ticks = range(count) if count <= 20 else MaxNLocator(10, integer=True).tick_values(0, count - 1)
     shown = [int(k) for k in ticks if k < count]

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWN
 from numpy.typing import ArrayLike
 
-from tf_dropmax.checks import check_int
+from tf_dropmax.checks import check_positive_int
 from tf_dropmax.plots.common import (
     check_class_names,
     check_predictions,
@@ -48,7 +48,7 @@ def easy_and_hard(
     ([0], [2])
     """
     log_p, labels = check_predictions(log_probabilities, labels)
-    count = check_int("count", count)
+    count = check_positive_int("count", count)
     order = np.argsort(log_p[np.arange(len(labels)), labels], kind="stable")
     return order[::-1][:count], order[:count]
 
