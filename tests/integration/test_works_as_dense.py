@@ -207,7 +207,7 @@ def test_meta_learning(rng, name):
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_of_predictions(rng, mode):
     """Jacobians, second derivatives, forward mode and one prediction for each row."""
-    model = classifier(predict_mode=mode)
+    model = classifier(predict_mode=mode, predict_samples=3)
     x, *directions = tf.constant(rng.normal(size=(3, 3, 6)).astype("float32"))
     with tf.GradientTape(persistent=True) as outer:
         outer.watch(x)
