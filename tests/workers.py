@@ -1,21 +1,17 @@
 """Programs that tests start in new processes: `python workers.py PROGRAM FOLDER`."""
 
 import json
-import os
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
-import keras_tuner
 import numpy as np
 import tensorflow as tf
-from models import MODES, VARIANTS
+from models import MODES
 
 import tf_dropmax
-from tf_dropmax import tuning
 
 FOLDER = Path(sys.argv[-1])
 
@@ -52,60 +48,10 @@ def killed():
     (FOLDER / "result.json").write_text(json.dumps(result))
 
 
-def tuner():
-    """One process of a distributed search for `entropy_weight`. The environment says which."""
-    (x, y), name = data(), os.environ["KERASTUNER_TUNER_ID"]
-
-    def build(hp):
-        return model(entropy_weight=hp.Float("entropy_weight", 0.01, 10.0, sampling="log"))
-
-    search = keras_tuner.RandomSearch(
-        build, "val_accuracy", max_trials=6, seed=1, directory=FOLDER, project_name="search"
-    )
-    search.search(x[:48], y[:48], validation_data=(x[48:], y[48:]), epochs=2, verbose=0)
-    best = search.get_best_hyperparameters()[0].get("entropy_weight")
-    (FOLDER / f"best-{name}.json").write_text(json.dumps(best))
-
-
-def search():
-    """A search for `entropy_weight` that can be resumed.
-
-    It kills itself during its second trial if there is a file `kill`.
-    """
-    tf.config.run_functions_eagerly(True)  # Tracing takes longer.
+def predictions(posterior):
+    """What a trained head predicts in every mode."""
     x, y = data()
-
-    def features(hp):
-        return keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, "relu")])
-
-    hypermodel = tuning.DropMaxHyperModel(features, 3)
-    tuner = keras_tuner.RandomSearch(
-        hypermodel, hypermodel.objective, max_trials=3, directory=FOLDER, project_name="search"
-    )
-
-    def end(batch, logs):
-        kill = FOLDER / "kill"
-        if kill.exists() and len(tuner.oracle.trials) == 2:
-            kill.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=end)]
-    tuner.search(x[:48], y[:48], validation_data=(x[48:], y[48:]), callbacks=callbacks, verbose=0)
-    models = tuner.get_best_models(3)
-    models[0].save(FOLDER / "best.keras")
-    result = {
-        "x": x[48:].tolist(),
-        "y": y[48:].tolist(),
-        "log_probabilities": [model(x[48:]).numpy().tolist() for model in models],
-        "entropy_weight": tuner.get_best_hyperparameters()[0].get("entropy_weight"),
-    }
-    (FOLDER / "result.json").write_text(json.dumps(result))
-
-
-def predictions(name):
-    """What a trained head of a variant predicts in every mode. The modes do not depend on it."""
-    x, y = data()
-    head = model(**VARIANTS[name])
+    head = model(posterior=posterior)
     metrics = [
         "accuracy",
         tf_dropmax.NegativeLogLikelihood(),
@@ -115,7 +61,7 @@ def predictions(name):
     head.compile(keras.optimizers.Adam(0.2), tf_dropmax.DropMaxLoss(), metrics=metrics)
     head.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
     result = []
-    for mode in MODES if name == "prior" else ["expected"]:
+    for mode in MODES if posterior == "prior" else ["expected"]:
         head.layers[-1].predict_mode = mode
         result.append(np.exp(head.predict(x, verbose=0)).tolist())
     return result
@@ -129,27 +75,24 @@ def baselines(_=None):
         assert np.isfinite(dense.fit(*data(), verbose=0).history["loss"][0])
 
 
-def _write_predictions(map_):
-    """Runs both functions by a function like `map`."""
-    result = {name: list(map_(predictions, [name])) for name in VARIANTS}
-    list(map_(baselines, [None]))
+def write_predictions(map_, runs=1):
+    """Calls both functions by a function like `map`."""
+    result = {name: list(map_(predictions, runs * [name])) for name in ("prior", "label")}
+    list(map_(baselines, runs * [None]))
     (FOLDER / "result.json").write_text(json.dumps(result))
 
 
 def threads():
-    """Four threads train and use a head of their own at the same time, nothing traced before."""
-    with ThreadPoolExecutor(4) as pool:
-        _write_predictions(lambda function, arguments: pool.map(function, 4 * arguments))
+    """Two threads train and use a head of their own at the same time, nothing traced before."""
+    with ThreadPoolExecutor(2) as pool:
+        write_predictions(pool.map, runs=2)
 
 
-def check_numerics():
+def switches():
+    """Two switches that change every operation. Neither can be undone."""
     tf.debugging.enable_check_numerics()
-    _write_predictions(map)
-
-
-def numpy_behavior():
     tf.experimental.numpy.experimental_enable_numpy_behavior()
-    _write_predictions(map)
+    write_predictions(map)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """The command line and the demo."""
 
 import json
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 
-from tf_dropmax import DropMaxHead, experiments
+from tf_dropmax import DropMaxHead
 from tf_dropmax.experiments import demo
 from tf_dropmax.experiments.__main__ import main
 
@@ -30,27 +27,25 @@ def test_bad_options(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_demo(tmp_path):
+def test_demo(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     output = tmp_path / "results"
-    options = ["--seeds", "2", "--epochs", "12", "--output", str(output)]
-    command = [sys.executable, "-m", experiments.__name__, "demo", *options]
-    settings = {"capture_output": True, "text": True, "timeout": 300}
-    run = subprocess.run(command, check=False, env={**os.environ, "COLUMNS": "120"}, **settings)
-    assert run.returncode == 0, run.stderr
+    assert main(["demo", "--seeds", "2", "--epochs", "6", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
     numbers = json.loads((output / "results.json").read_text())["results"]
     modes = ("expected", "sampled", "exact", "softmax")
     assert list(numbers) == ["softmax", *(f'DropMax, mode "{mode}"' for mode in modes)]
     for row, values in numbers.items():
-        assert row in run.stdout
+        assert row in printed
         mean, spread = np.mean(values["error %"]), np.std(values["error %"], ddof=1)
-        assert f"{mean:.3f} +- {spread:.3f}" in run.stdout
+        assert f"{mean:.3f} +- {spread:.3f}" in printed
         assert mean < 40  # chance: 90
         assert len(values["NLL"]) == len(values["ECE %"]) == 2
     model = keras.models.load_model(output / "model.keras")
     assert isinstance(model.layers[-1], DropMaxHead)
     assert (output / "retain_probabilities.png").stat().st_size > 10_000
     for name in ["model.keras", "retain_probabilities.png", "results.json"]:
-        assert str(output / name) in run.stdout
+        assert str(output / name) in printed
 
 
 @pytest.mark.long

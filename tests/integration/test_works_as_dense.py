@@ -14,14 +14,7 @@ from keras.wrappers import SKLearnClassifier
 from models import GLOROT, MODES, VARIANTS, classifier, selecting_head
 from sklearn.model_selection import cross_val_score
 
-from tf_dropmax import (
-    DropMaxHead,
-    DropMaxLoss,
-    DropMaxMonitor,
-    calibrate,
-    set_predict_mode,
-    set_predict_temperature,
-)
+from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxMonitor, calibrate
 
 
 def trained(x, y, epochs=20, **kwargs):
@@ -29,13 +22,6 @@ def trained(x, y, epochs=20, **kwargs):
     model.compile(keras.optimizers.Adam(0.1), DropMaxLoss())
     model.fit(x, y, epochs=epochs, verbose=0)
     return model
-
-
-SPARSE = {
-    "csr_matrix": scipy.sparse.csr_matrix,
-    "coo_array": scipy.sparse.coo_array,
-    "SparseTensor": tf.sparse.from_dense,
-}
 
 
 def everything(data, y, inputs, features):
@@ -58,8 +44,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("make", SPARSE.values(), ids=SPARSE)
-def test_sparse_features(blobs, make):
+def test_sparse_features(blobs):
     x, y = blobs
     x = np.where(x > 0.2, x, 0)
 
@@ -67,7 +52,8 @@ def test_sparse_features(blobs, make):
         return inputs
 
     expected = everything(x, y, keras.Input((6,)), linear)
-    assert_same(everything(make(x), y, keras.Input((6,), sparse=True), linear), expected)
+    for make in (scipy.sparse.csr_matrix, tf.sparse.from_dense):
+        assert_same(everything(make(x), y, keras.Input((6,), sparse=True), linear), expected)
 
 
 class Mean(keras.layers.Layer):
@@ -86,25 +72,21 @@ def test_ragged_sequences(blobs):
     assert_same(found, everything(means, y, keras.Input((6,)), lambda inputs: inputs))
 
 
-@pytest.mark.parametrize("teacher", ["Dense", "head"])
-def test_distillation_by_soft_labels(blobs, teacher):
+def test_distillation_by_soft_labels(blobs):
     """The student learns the probabilities, not only the classes: the teacher is not sure."""
     x, y = blobs
-    if teacher == "head":
-        probabilities = np.exp(trained(x, y, epochs=3).predict(x, verbose=0))
-    else:
-        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4, "softmax")])
-        model.compile(keras.optimizers.Adam(0.1), "sparse_categorical_crossentropy")
-        model.fit(x, y, epochs=3, verbose=0)
-        probabilities = model.predict(x, verbose=0)
+    probabilities = np.exp(trained(x, y, epochs=3).predict(x, verbose=0))
     assert probabilities.max(-1).mean() < 0.9
+
+    def cross_entropy(student):
+        return -(probabilities * student.predict(x, verbose=0)).sum(-1).mean()
+
     student = trained(x, probabilities, entropy_weight=0.0)
-    log_p = student.predict(x, verbose=0)
-    expected = -(probabilities * log_p).sum(-1).mean()
-    assert student.evaluate(x, probabilities, verbose=0) == pytest.approx(expected, rel=1e-5)
-    divergence = expected + (probabilities * np.log(probabilities)).sum(-1).mean()
-    by_classes = (probabilities * -trained(x, y).predict(x, verbose=0)).sum(-1).mean() - expected
-    assert divergence < 0.1 < by_classes
+    by_classes = trained(x, y)
+    found = cross_entropy(student)
+    assert student.evaluate(x, probabilities, verbose=0) == pytest.approx(found, rel=1e-5)
+    least = -(probabilities * np.log(probabilities)).sum(-1).mean()
+    assert found - least < 0.1 < cross_entropy(by_classes) - found
 
 
 def test_wrappers_of_scikit_learn(blobs):
@@ -117,9 +99,8 @@ def test_wrappers_of_scikit_learn(blobs):
         model.compile(keras.optimizers.Adam(0.1), DropMaxLoss())
         return model
 
-    fit = {"epochs": 30, "shuffle": False, "verbose": 0}
-    wrapper = SKLearnClassifier(build, fit_kwargs=fit)
-    assert cross_val_score(wrapper, x, names, cv=3, error_score="raise").min() > 0.9
+    wrapper = SKLearnClassifier(build, fit_kwargs={"epochs": 20, "batch_size": 8, "verbose": 0})
+    assert cross_val_score(wrapper, x, names, cv=2, error_score="raise").min() > 0.8
     wrapper.fit(x, names)
     assert np.mean(wrapper.predict(x) == names) > 0.9
     log_p = wrapper.decision_function(x)
@@ -129,36 +110,30 @@ def test_wrappers_of_scikit_learn(blobs):
 
 @pytest.fixture(scope="module")
 def expected_predictions():
-    return {name: workers.predictions(name) for name in VARIANTS}
+    return {posterior: workers.predictions(posterior) for posterior in ("prior", "label")}
 
 
-@pytest.mark.parametrize("program", ["threads", "check_numerics", "numpy_behavior"])
-def test_settings_of_a_process(expected_predictions, program, tmp_path):
-    """In a new process, where nothing has been traced. Two of the settings cannot be undone."""
+@pytest.mark.parametrize(("program", "runs"), [("threads", 2), ("switches", 1)])
+def test_settings_of_a_process(expected_predictions, program, runs, tmp_path):
+    """In a new process, where nothing has been traced."""
     command = [sys.executable, workers.__file__, program, str(tmp_path)]
     ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "result.json").read_text())
-    assert {len(of_runs) for of_runs in found.values()} == {4 if program == "threads" else 1}
-    for name, expected in expected_predictions.items():
-        for run in found[name]:
-            np.testing.assert_allclose(run, expected, atol=1e-3, err_msg=name)
+    for posterior, expected in expected_predictions.items():
+        np.testing.assert_allclose(found[posterior], [expected] * runs, atol=1e-3)
 
 
-@pytest.mark.parametrize("margin", [20.0, 30.0])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_gradient_of_a_sure_prediction(mode, margin):
-    """`log_softmax` has one of about exp(-margin), so that adversarial examples can be found."""
+def test_the_gradient_of_a_sure_prediction(mode):
+    """`log_softmax` has one of about exp(-20), so that adversarial examples can be found."""
     head = selecting_head(3, predict_mode=mode)
-    features = tf.constant([[margin, 0.0, 0.5, 60.0, 60.0, 60.0]])  # It keeps every class.
-    with tf.GradientTape(persistent=True) as tape:
+    features = tf.constant([[20.0, 0.0, 0.5, 60.0, 60.0, 60.0]])  # It keeps every class.
+    with tf.GradientTape() as tape:
         tape.watch(features)
         value = head(features)[:, 0]
-        reference = tf.nn.log_softmax(features[:, :3])[:, 0]
-    gradient, expected = (tape.gradient(v, features)[0, 1:3] for v in (value, reference))
-    assert np.abs(value - reference) < 1e-6
-    assert np.abs(expected).min() > np.exp(-margin) / 2
-    np.testing.assert_allclose(gradient, expected, rtol=1e-3)
+    gradient = tape.gradient(value, features)[0, 1:3]
+    np.testing.assert_allclose(gradient, -np.exp([-20, -19.5]), rtol=1e-3)
 
 
 def test_integrated_gradients_of_drawn_masks():
@@ -168,7 +143,7 @@ def test_integrated_gradients_of_drawn_masks():
     path = np.linspace(0, 1, 41, dtype="float32")[:, None] * end
     with tf.GradientTape() as tape:
         tape.watch(path := tf.constant(path))
-        value = head(path)[:, 0]
+        value = tf.function(head)(path)[:, 0]
     gradients = tape.gradient(value, path).numpy()
     weights = np.full(41, 1 / 40)
     weights[[0, -1]] /= 2  # the trapezoid rule
@@ -224,7 +199,7 @@ def test_meta_learning(rng, name):
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_of_predictions(rng, mode):
     """Jacobians, second derivatives, forward mode and one prediction for each row."""
-    model = classifier(predict_mode=mode)
+    model = classifier(predict_mode=mode, predict_samples=3)
     x, *directions = tf.constant(rng.normal(size=(3, 3, 6)).astype("float32"))
     with tf.GradientTape(persistent=True) as outer:
         outer.watch(x)
@@ -236,55 +211,17 @@ def test_derivatives_of_predictions(rng, mode):
         ends = [tf.reduce_sum(gradient * direction) for direction in directions]
     jacobian = inner.batch_jacobian(log_p, x)
 
-    @tf.function(jit_compile=True)
-    def compiled(x):
-        return tf.gradients(model(x)[:, 0], x)[0]
-
     np.testing.assert_allclose(jacobian[:, 0], gradient, atol=1e-5)
     one, other = (
         tf.reduce_sum(outer.gradient(end, x) * direction)  # H is symmetric.
         for end, direction in zip(ends, reversed(directions), strict=True)
     )
     assert np.abs(one) > 1e-3
-    if mode == "sampled":  # Every call draws other masks.
-        assert 0 < np.abs(compiled(x)).max() < np.inf
-        return
+    if mode == "sampled":
+        return  # Every call draws other masks.
     np.testing.assert_allclose(one, other, atol=1e-4)
-    np.testing.assert_allclose(compiled(x), gradient, atol=1e-4)
     with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
         log_p = model(x)
     np.testing.assert_allclose(accumulator.jvp(log_p), tf.reduce_sum(jacobian, -1), atol=1e-5)
     by_row = tf.vectorized_map(lambda row: model(row[tf.newaxis])[0], x)
     np.testing.assert_allclose(by_row, log_p, atol=1e-5)
-
-
-OPTIMIZERS = {
-    "averaged weights": lambda: keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.8),
-    "accumulated gradients": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2),
-    "scaled loss": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1)),
-}
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_ways_to_optimize(blobs, make):
-    x, y = blobs
-    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1)])
-    model.compile(make(), DropMaxLoss(), metrics=["accuracy"])
-    model.fit(x, y, epochs=15, verbose=0)
-    model.optimizer.finalize_variable_values(model.trainable_variables)
-    assert model.evaluate(x, y, verbose=0)[1] > 0.9
-
-
-def test_a_clone_is_compiled_by_the_configuration_of_the_original(blobs):
-    x, y = blobs
-    model = trained(x, y, epochs=2)
-    set_predict_mode(model, "exact")
-    set_predict_temperature(model, 1.5)
-    clone = keras.models.clone_model(model, input_tensors=keras.Input((6,)))
-    clone.compile_from_config(model.get_compile_config())
-    clone.set_weights(model.get_weights())
-    assert clone.evaluate(x, y, verbose=0) == model.evaluate(x, y, verbose=0)
-    assert clone.layers[-1].predict_mode == "exact"
-    before = clone.evaluate(x, y, verbose=0)
-    clone.fit(x, y, epochs=3, verbose=0)
-    assert clone.evaluate(x, y, verbose=0) < before
