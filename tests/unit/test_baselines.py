@@ -1,7 +1,5 @@
 """Sparsemax and sampled softmax: the functions, and the losses on plain logits."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import keras
 import numpy as np
 import oracles
@@ -144,26 +142,10 @@ def test_learned_unigram_counts_labels(form):
 )
 def test_baseline_losses_train(blobs, make, settings):
     x, y = blobs
-    initializer = keras.initializers.GlorotUniform(seed=1)
-    model = keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(4, kernel_initializer=initializer)]
-    )
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
     model.compile(keras.optimizers.Adam(0.05), make(), metrics=["accuracy"], **settings)
     history = model.fit(x, y, epochs=12, shuffle=False, verbose=0).history
     assert history["accuracy"][-1] > 0.9
-
-
-def test_sparsemax_loss_trains_in_several_threads():
-    def loss(classes):
-        dense = keras.layers.Dense(classes, kernel_initializer="zeros")
-        model = keras.Sequential([keras.Input((3,)), dense])
-        model.compile("sgd", SparsemaxLoss())
-        return model.fit(np.ones((8, 3)), np.arange(8), verbose=0).history["loss"][0]
-
-    for classes in range(31, 36):  # No other test has traced the functions for as many.
-        with ThreadPoolExecutor(4) as pool:
-            losses = list(pool.map(loss, [classes] * 4))
-        np.testing.assert_allclose(losses, 0.5 - 0.5 / classes, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +165,4 @@ def test_bad_arguments_of_sampled_softmax(arguments):
     "loss", [SparsemaxLoss(label_smoothing=0.1), SampledSoftmaxLoss(0.3, "learned_unigram", seed=4)]
 )
 def test_configs(loss):
-    again = keras.losses.deserialize(keras.losses.serialize(loss))
-    assert type(again) is type(loss)
-    assert again.get_config() == loss.get_config()
     TestCase().run_class_serialization_test(loss)

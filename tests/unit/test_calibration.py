@@ -1,29 +1,23 @@
 """`calibrate`: one temperature a mode, fitted by likelihood."""
 
-import json
-
 import keras
 import numpy as np
 import pytest
-import scipy.sparse
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
+from models import DETERMINISTIC, MODES
 from scipy.special import log_softmax
 
-import tf_dropmax
 from tf_dropmax import DropMaxHead, DropMaxLoss, calibrate, predict_mode, set_predict_temperature
 from tf_dropmax.calibration import best_temperature
 
-MODES = ["expected", "exact", "softmax", "sampled"]
+START = keras.initializers.RandomNormal(stddev=3.0, seed=3)  # Then a model is far too sure.
 
 
 def classifier(**kwargs):
-    """A model that is far too sure."""
-    start = keras.initializers.RandomNormal(stddev=3.0, seed=3)
-    keep = keras.initializers.Constant(3.0)
-    retain = {"kernel_initializer": "glorot_uniform", "bias_initializer": keep}
-    head = DropMaxHead(4, seed=1, kernel_initializer=start, retain=retain, **kwargs)
+    retain = {"kernel_initializer": "glorot_uniform", "bias_initializer": "ones"}
+    head = DropMaxHead(4, seed=1, kernel_initializer=START, retain=retain, **kwargs)
     model = keras.Sequential([keras.Input((6,)), head])
     model.compile("sgd", DropMaxLoss())
     return model
@@ -42,7 +36,7 @@ def nll(log_p, y, temperature=1.0, weights=None):
     return -np.average(rows[np.arange(len(y)), y], weights=weights)
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
+@pytest.mark.parametrize("mode", DETERMINISTIC)
 def test_it_finds_the_best_temperature_and_predictions_use_it(data, mode):
     x, y = data
     model = classifier(predict_mode=mode)
@@ -56,9 +50,8 @@ def test_it_finds_the_best_temperature_and_predictions_use_it(data, mode):
     assert nll(before, y) - min(losses) > 0.005
     assert nll(before, y, temperature) <= min(losses) + 1e-9
     expected = log_softmax(before.astype("float64") / temperature, axis=-1)
-    for found in (model.predict(x, verbose=0), model(x).numpy(), model.predict_on_batch(x)):
+    for found in (model.predict(x, verbose=0), model(x), model.predict_on_batch(x)):
         np.testing.assert_allclose(found, expected, atol=1e-5)
-        np.testing.assert_array_equal(found.argmax(-1), before.argmax(-1))
     assert model.evaluate(x, y, verbose=0) == pytest.approx(nll(before, y, temperature), rel=1e-5)
     assert model.layers[-1].predict_temperature == pytest.approx(temperature, rel=1e-6)
     again = calibrate(model, x, y)
@@ -80,7 +73,6 @@ def test_every_mode_has_a_temperature_of_its_own(data):
         with predict_mode(model, mode):
             temperature = model.layers[-1].predict_temperature
             assert temperature == pytest.approx(found[mode], rel=1e-6)
-            assert np.abs(model(x) - model.predict(x, verbose=0)).max() < 1e-5 or mode == "sampled"
 
 
 def test_training_does_not_use_it(data):
@@ -101,21 +93,17 @@ def test_files_carry_it(data, tmp_path):
     calibrate(model, x, y)
     expected = model.predict(x, verbose=0)
     model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-5)
     model.export(tmp_path / "model", verbose=False)
-    artifact = tf.saved_model.load(tmp_path / "model")
-    np.testing.assert_allclose(artifact.serve(x), expected, atol=1e-5)
     model.save_weights(tmp_path / "model.weights.h5")
     tf.train.Checkpoint(model=model).write(tmp_path / "checkpoint")
     by_file, by_checkpoint = classifier(predict_mode="exact"), classifier(predict_mode="exact")
-    assert np.abs(by_file.predict(x, verbose=0) - expected).max() > 1e-2
+    assert np.abs(by_file(x) - expected).max() > 1e-2
     by_file.load_weights(tmp_path / "model.weights.h5")
     tf.train.Checkpoint(model=by_checkpoint).read(tmp_path / "checkpoint").assert_consumed()
-    for each in (by_file, by_checkpoint):
-        np.testing.assert_allclose(each.predict(x, verbose=0), expected, atol=1e-5)
-    config = json.loads(json.dumps(model.layers[-1].get_config()))
-    assert DropMaxHead.from_config(config).get_config() == config
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    exported = tf.saved_model.load(tmp_path / "model")
+    for each in (loaded, exported.serve, by_file, by_checkpoint):
+        np.testing.assert_allclose(each(x), expected, atol=1e-5)
 
 
 class Batches(keras.utils.PyDataset):
@@ -167,8 +155,7 @@ def test_forms_of_data(data, rng):
 def test_soft_labels_sequences_and_several_inputs(rng):
     a, b = rng.normal(size=(2, 40, 5, 3)).astype("float32")
     inputs = [keras.Input((5, 3)), keras.Input((5, 3))]
-    start = keras.initializers.RandomNormal(stddev=3.0, seed=3)
-    outputs = DropMaxHead(4, kernel_initializer=start)(keras.layers.Add()(inputs))
+    outputs = DropMaxHead(4, kernel_initializer=START)(keras.layers.Add()(inputs))
     model = keras.Model(inputs, outputs)
     log_p = model.predict([a, b], verbose=0).reshape(-1, 4).astype("float64")
     soft = 0.8 * np.exp(log_softmax(log_p / 3, axis=-1)) + 0.2 * rng.dirichlet(np.ones(4), size=200)
@@ -181,25 +168,6 @@ def test_soft_labels_sequences_and_several_inputs(rng):
 
     grid = np.exp(np.linspace(-3, 5, 801))
     assert temperature == pytest.approx(grid[np.argmin([loss(t) for t in grid])], rel=0.011)
-
-
-def test_sparse_and_ragged_features(data):
-    """The forms in which `evaluate` takes them."""
-    x, y = data
-    x = np.where(x > 0.5, x, 0)
-    expected = calibrate(classifier(), x, y)
-    sparse = keras.Sequential([keras.Input((6,), sparse=True), *classifier().layers])
-    for features in (scipy.sparse.csr_matrix(x), tf.sparse.from_dense(x)):
-        sparse.compile("sgd", DropMaxLoss())
-        sparse.evaluate(features, y, verbose=0)
-        set_predict_temperature(sparse, 1.0)
-        assert calibrate(sparse, features, y) == pytest.approx(expected, rel=1e-4)
-    head, features = sparse.layers[-1], tf.sparse.from_dense(x)
-    np.testing.assert_allclose(
-        head.retain_probabilities(features), head.retain_probabilities(x), atol=1e-6
-    )
-    assert head.uncertainty(features).entropy.shape == (300,)
-    assert head.mask_distribution(features).batch_shape == (300, 4)
 
 
 def bad_data(x, y):
@@ -285,14 +253,6 @@ def test_it_is_never_worse_than_no_temperature(seed, scale, rows, classes):
     assert nll(logits, y, temperature) <= nll(logits, y) * (1 + 1e-9)
 
 
-def test_the_same_code_scales_a_plain_softmax(rng):
-    logits = rng.normal(size=(50, 3))
-    y = rng.integers(3, size=50)
-    one, other = best_temperature(logits, y), best_temperature(logits + 5.0, y[:, None])
-    assert one == pytest.approx(other, rel=1e-4)
-    assert tf_dropmax.calibration.best_temperature is best_temperature
-
-
 def test_two_replicas_see_every_example_once(strategy, data):
     x, y = data
     expected = calibrate(classifier(), x, y)
@@ -301,31 +261,11 @@ def test_two_replicas_see_every_example_once(strategy, data):
     assert calibrate(model, x, y, batch_size=75) == pytest.approx(expected, rel=1e-5)
 
 
-def test_padded_positions_without_weight_are_ignored(rng):
+def test_labels_without_weight_may_be_anything(rng):
     x, y = rng.normal(size=(40, 5, 6)).astype("float32"), rng.integers(4, size=(40, 5))
-    padded, weights = y.copy(), np.ones((40, 5))
-    padded[:, 3:], weights[:, 3:] = -1, 0
-    start = keras.initializers.RandomNormal(stddev=3.0, seed=3)
-    model = keras.Sequential([keras.Input((None, 6)), DropMaxHead(4, kernel_initializer=start)])
+    model = keras.Sequential([keras.Input((None, 6)), DropMaxHead(4, kernel_initializer=START)])
     expected = calibrate(model, x[:, :3], y[:, :3])
-    assert calibrate(model, x, padded, weights) == pytest.approx(expected, rel=1e-5)
-    assert calibrate(model, x, padded, weights[..., None]) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["expected", "exact", "softmax"])
-@pytest.mark.parametrize("temperature", [0.01, 100.0])
-def test_extreme_temperatures_give_finite_predictions(rng, mode, temperature):
-    head = DropMaxHead(4, predict_mode=mode)
-    set_predict_temperature(head, temperature)
-    for scale in (1.0, 1e30):
-        log_p = head(scale * rng.normal(size=(9, 5)).astype("float32")).numpy()
-        assert np.isfinite(log_p).all()
-        np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
-
-
-def test_dense_labels_without_weight_do_not_count(data):
-    x, y = data
-    dense, weights = np.eye(4)[y], np.ones(len(y))
-    expected = calibrate(classifier(), x[5:], y[5:])
-    dense[:5], weights[:5] = -1.0, 0.0
-    assert calibrate(classifier(), x, dense, weights) == pytest.approx(expected, rel=1e-5)
+    weights, dense, padded = np.ones((40, 5)), np.eye(4)[y], y.copy()
+    weights[:, 3:], dense[:, 3:], padded[:, 3:] = 0, -1, -1
+    for arguments in ((padded, weights), (padded, weights[..., None]), (dense, weights)):
+        assert calibrate(model, x, *arguments) == pytest.approx(expected, rel=1e-5)

@@ -5,17 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras.src.testing import TestCase
+from models import VARIANTS
 
 from tf_dropmax import DropMaxHead, DropMaxLoss
 
 LOG_P = np.log([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).astype("float32")
-
-
-@pytest.mark.parametrize("dtype", ["int64", "uint8", "float32"])
-@pytest.mark.parametrize("labels", [[0, 2], [[0], [2]], [[1, 0, 0], [0, 0, 1]]], ids=str)
-def test_hard_labels(labels, dtype):
-    expected = -np.log(0.5 * 0.8) / 2
-    assert DropMaxLoss()(np.array(labels, dtype), LOG_P).numpy() == pytest.approx(expected)
 
 
 def test_soft_labels():
@@ -53,18 +47,12 @@ def test_ignore_class(ignored):
 
 
 @pytest.mark.parametrize("label", [3, -1, 0.5, np.nan, 2**40])
-@pytest.mark.parametrize("jit_compile", [None, False, True], ids=["eager", "graph", "xla"])
-def test_label_out_of_range(label, jit_compile):
-    """Under XLA the loss is NaN."""
-    loss = DropMaxLoss()
-    call = loss if jit_compile is None else tf.function(loss, jit_compile=jit_compile)
-    assert np.isfinite(call(tf.constant([0.0, 1.0]), tf.constant(LOG_P)))
-    arguments = tf.constant([1, label], "float32"), tf.constant(LOG_P)
-    if jit_compile:
-        assert np.isnan(call(*arguments))
-        return
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_message_of_a_label_out_of_range(label, compiled):
+    """`test_labels.py` tests the other losses, and labels under XLA."""
+    call = tf.function(DropMaxLoss()) if compiled else DropMaxLoss()
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
-        call(*arguments)
+        call(tf.constant([1, label], "float32"), tf.constant(LOG_P))
     ends = ("nan", "nan") if np.isnan(label) else (min(1, label), max(1, label))
     words = re.sub(r"[\[\]]|\.0\b", "", str(error.value))
     low, high = (f"{end:.6g}" for end in map(float, ends))
@@ -93,11 +81,7 @@ def test_what_is_not_the_output_of_a_head(y_pred, jit_compile, smoothing):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e5, 1e36])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"posterior": "label"}, {"stochastic": False}, {"retain_probability": 0.4}],
-    ids=["prior", "label", "attention", "random"],
-)
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_the_loss_accepts_every_output_of_a_head(rng, settings, scale):
     features = (scale * rng.normal(size=(64, 5))).astype("float32")
     loss, labels = DropMaxLoss(reduction=None), rng.integers(10, size=64)
@@ -135,9 +119,6 @@ def test_bad_arguments(arguments):
 def test_config_round_trip(arguments):
     loss = DropMaxLoss(**arguments)
     assert arguments.items() <= loss.get_config().items()
-    again = keras.losses.deserialize(keras.losses.serialize(loss))
-    assert isinstance(again, DropMaxLoss)
-    assert again.get_config() == loss.get_config()
     TestCase().run_class_serialization_test(loss)
 
 
@@ -150,27 +131,12 @@ def test_ignored_positions_and_keras_masks_are_left_out_together(form):
     assert loss.numpy() == pytest.approx(-np.log(0.5 * 0.8) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_gradient(smoothing):
-    log_p = tf.constant(LOG_P)
-    for labels in (np.array([0, 2]), np.eye(3)[[0, 2]]):
-        with tf.GradientTape() as tape:
-            tape.watch(log_p)
-            loss = DropMaxLoss(label_smoothing=smoothing, reduction="sum")(labels, log_p)
-        expected = -(1 - smoothing) * np.eye(3)[[0, 2]] - smoothing / 3
-        np.testing.assert_allclose(tape.gradient(loss, log_p), expected, rtol=1e-6)
-
-
 def test_large_class_indices_with_floatx_float16():
     """Keras casts labels to the dtype of the loss. In float16, 4097 is rounded to 4096."""
     keras.config.set_floatx("float16")
-    try:
-        loss = DropMaxLoss()
-    finally:
-        keras.config.set_floatx("float32")
     log_p = np.zeros((1, 5000), "float32")
     log_p[0, 4097] = -3
-    assert loss([4097], log_p).numpy() == 3
+    assert DropMaxLoss()([4097], log_p).numpy() == 3
 
 
 def test_labels_of_another_rank_need_another_compile(rng):

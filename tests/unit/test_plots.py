@@ -2,7 +2,6 @@
 
 import io
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -128,18 +127,18 @@ def test_examples(predictions, channels):
     images = np.random.default_rng(1).random((3, 8, 8, *channels))
     figure = rendered(plots.examples(images, rho, log_p, y, masks, class_names="abcdef"))
     assert len(figure.axes) == 3 * 4 + 1  # and the colour bar
-    for row in range(3):
-        image, retained, predicted, drawn = (
-            axes.get_images()[0].get_array() for axes in figure.axes[4 * row : 4 * row + 4]
-        )
+    for row, panels in enumerate(np.reshape(figure.axes[:12], (3, 4))):
+        image, retained, predicted, drawn = (axes.get_images()[0].get_array() for axes in panels)
         np.testing.assert_array_equal(image, images[row].squeeze())
         np.testing.assert_allclose(retained, rho[row : row + 1])
         np.testing.assert_allclose(predicted, np.exp(log_p[row : row + 1]))
         np.testing.assert_array_equal(drawn, masks[row])
-        assert figure.axes[4 * row].get_ylabel() == "abcdef"[y[row]]
-        assert all(
-            axes.lines[0].get_xdata() == [y[row]] for axes in figure.axes[4 * row + 1 : 4 * row + 4]
-        )
+        assert panels[0].get_ylabel() == "abcdef"[y[row]]
+        assert [axes.lines[0].get_xdata() for axes in panels[1:]] == [[y[row]]] * 3
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["true class"]
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
 
 
 def test_not_all_of_very_many_classes_have_a_name():
@@ -162,10 +161,6 @@ def test_examples_are_all_on_one_scale(image):
     assert drawn.get_clim() == (0, 1)
 
 
-def luminance(colours):
-    return np.asarray(colours)[..., :3] @ [0.2126, 0.7152, 0.0722]
-
-
 @pytest.mark.parametrize(
     "draw",
     [
@@ -179,29 +174,16 @@ def luminance(colours):
 def test_zero_is_white_and_larger_values_are_darker(predictions, draw):
     figure = rendered(draw(*predictions))
     images = [image for axes in figure.axes for image in axes.get_images()]
-    assert images
-    for image in images:
-        assert image.norm.vmin == 0
-        shades = luminance(image.cmap(np.linspace(0, 1, 256)))
-        assert image.cmap(0.0) == (1, 1, 1, 1)
-        assert (np.diff(shades) < 0).all()
-        assert shades[-1] < 0.1
+    assert {image.norm.vmin for image in images} == {0}
+    assert {image.cmap(0.0) for image in images} == {(1, 1, 1, 1)}
+    assert {image.cmap(1.0) for image in images} == {(0, 0, 0, 1)}
 
 
 def test_contour_lines_stand_out():
     axes = plots.contours().axes[0]
     (lines,) = [item for item in axes.collections if isinstance(item, ContourSet)]
-    background = luminance(axes.get_images()[0].cmap(lines.levels))
-    assert (np.abs(luminance(lines.get_edgecolor()) - background) > 0.4).all()
-
-
-def test_a_legend_explains_the_triangle(predictions):
-    log_p, y, rho = (values[:2] for values in predictions)
-    figure = rendered(plots.examples(np.zeros((2, 8, 8)), rho, log_p, y))
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["true class"]
-    box = legend.get_window_extent()
-    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    background = axes.get_images()[0].cmap(lines.levels)
+    assert (np.abs(lines.get_edgecolor() - background)[:, 0] > 0.4).all()  # Both are grey.
 
 
 def test_class_averages_and_confusion(predictions):
@@ -232,13 +214,6 @@ def test_what_has_no_value_is_hatched(predictions):
     assert complete.get_xlabel() == "class"
 
 
-def test_confusion_of_a_head_that_retains_all_alike(predictions):
-    log_p, y, rho = predictions
-    figure = rendered(plots.confusion(log_p, y, np.full_like(rho, 0.5)))
-    assert "nan" in figure.axes[2].get_title()
-    assert figure.axes[1].get_images()[0].get_clim() == (0, 0.5)
-
-
 def test_colours_of_confusion_go_from_zero_to_the_largest_value_off_the_diagonal(predictions):
     log_p, y, rho = predictions
     first, second = (axes.get_images()[0] for axes in plots.confusion(log_p, y, rho).axes[:2])
@@ -246,6 +221,9 @@ def test_colours_of_confusion_go_from_zero_to_the_largest_value_off_the_diagonal
     assert second.get_clim() == (0, second.get_array().max())
     certain = rendered(plots.confusion(np.log(np.eye(2) + 1e-30), [0, 1], np.eye(2)))
     assert certain.axes[0].get_images()[0].get_clim() == (0, 1)
+    all_alike = rendered(plots.confusion(log_p, y, np.full_like(rho, 0.5)))
+    assert "nan" in all_alike.axes[2].get_title()
+    assert all_alike.axes[1].get_images()[0].get_clim() == (0, 0.5)
 
 
 def test_top_and_bottom():
@@ -278,22 +256,15 @@ def test_reliability_diagram(predictions, bins):
     assert shares[shares > 0] @ gaps == pytest.approx(error)
 
 
-def test_axes_of_the_caller_are_drawn_into(predictions):
-    log_p, y, rho = predictions
+def test_tensors_are_drawn_into_the_axes_of_the_caller(predictions):
+    log_p, y, rho = (tf.constant(values) for values in predictions)
     figure = Figure(layout="constrained")
     first, second, third = figure.subplots(1, 3)
     assert plots.reliability_diagram(log_p, y, axes=first) is first
     assert plots.top_and_bottom(rho[0], axes=second) is second
     assert plots.class_averages(rho, y, axes=third) is third
     rendered(figure)
-
-
-def test_tensors_and_a_model_will_do():
-    head = tf_dropmax.DropMaxHead(T, seed=0)
-    model = keras.Sequential([keras.Input((4,)), head])
-    x, y = np.random.default_rng(0).normal(size=(30, 4)).astype("float32"), np.arange(30) % T
-    figure = plots.confusion(model(x), tf.constant(y), head.retain_probabilities(x))
-    rendered(figure)
+    rendered(plots.confusion(log_p, y, rho))
 
 
 @pytest.mark.parametrize(

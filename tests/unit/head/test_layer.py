@@ -11,23 +11,20 @@ from models import DETERMINISTIC, GLOROT, MODES, VARIANTS, selecting_head
 from tf_dropmax import DropMaxHead, DropMaxLoss, functional
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5), (2, 3, 4, 5)])
-@pytest.mark.parametrize("training", [False, True])
-def test_shapes_dtype_and_weights(shape, training):
+def test_names_and_shapes_of_weights_and_outputs():
     head = DropMaxHead(7)
-    outputs = head(np.ones(shape, "float32"), training=training)
-    assert outputs.shape == (*shape[:-1], 7)
-    assert outputs.dtype == "float32"
-    assert head.compute_output_shape(shape) == outputs.shape
+    symbolic = head(keras.Input((3, 5)))
+    assert (symbolic.shape, symbolic.dtype) == ((None, 3, 7), "float32")
+    assert head.compute_output_shape((2, 3, 5)) == (2, 3, 7)
     weights = {"/".join(w.path.split("/")[1:]): tuple(w.shape) for w in head.weights}
     assert weights == {
         "predict_temperatures": (4,),
         **{f"{branch}/kernel": (5, 7) for branch in ("classes", "retain")},
         **{f"{branch}/bias": (7,) for branch in ("classes", "retain")},
     }
-    symbolic = DropMaxHead(7)(keras.Input(shape[1:]))
-    assert (symbolic.shape, symbolic.dtype) == ((None, *shape[1:-1], 7), "float32")
-    assert len(head.losses) == training
+    for training in (False, True):
+        head(np.ones((2, 3, 5), "float32"), training=training)
+        assert len(head.losses) == training
 
 
 def test_the_branches_start_at_zero_and_the_logits_do_not():
@@ -99,8 +96,6 @@ def test_bad_inputs():
     for ask in (head, head.retain_probabilities, head.uncertainty, head.mask_distribution):
         with pytest.raises(ValueError, match=r"axis -1 of input shape to have value 4.*\(2, 5\)"):
             ask(np.ones((2, 5), "float32"))
-    with pytest.raises(ValueError, match="`output` must be one of"):
-        head(np.ones((2, 4), "float32"), output="masks")
 
 
 def test_numbers_and_flags_of_numpy_are_welcome():
@@ -110,14 +105,6 @@ def test_numbers_and_flags_of_numpy_are_welcome():
     assert DropMaxHead.from_config(config).units == 3
     assert [type(config[name]) for name in ("units", "stochastic")] == [int, bool]
     assert config["stochastic"] is False
-
-
-def test_two_classes_and_one():
-    for units in (1, 2):
-        head = DropMaxHead(units)
-        scores = head(np.ones((3, 4), "float32"), training=True)
-        assert np.isfinite(scores).all()
-        np.testing.assert_allclose(np.exp(head(np.ones((3, 4), "float32"))).sum(-1), 1, rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
@@ -138,15 +125,10 @@ def test_keras_own_layer_test(kwargs):
     )
 
 
-@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("mode", MODES)
-def test_keras_own_serialization_test(kwargs, mode):
-    TestCase().run_class_serialization_test(DropMaxHead(4, predict_mode=mode, **kwargs))
-
-
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("size", [10.0, 1e4])
 def test_mixed_precision_is_finite(rng, policy, size):
+    """The matrix products, and nothing else, are in half precision."""
     logits, retain_logits = size * rng.uniform(-1, 1, size=(2, 40, 5))
     logits[0], retain_logits[1] = size, -size
     keras.mixed_precision.set_dtype_policy(policy)
@@ -157,31 +139,26 @@ def test_mixed_precision_is_finite(rng, policy, size):
         scores = head(features, training=True)
         loss = DropMaxLoss()(np.arange(40) % 5, scores) + sum(head.losses)
     gradients = tape.gradient(loss, [features, *head.trainable_variables])
-    assert scores.dtype == "float32"
     assert head.branches["classes"].kernel.dtype == "float32"
     assert all(np.isfinite(t).all() for t in [scores, loss, *gradients])
-    for mode in MODES:
-        head.predict_mode = mode
-        log_p = head(features)
-        assert log_p.dtype == "float32"
-        np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, atol=1e-5)
-    if size == 10:  # the matrix products, and nothing else, are in half precision
+    log_p = {}
+    for head.predict_mode in MODES:
+        log_p[head.predict_mode] = head(features)
+        np.testing.assert_allclose(np.exp(log_p[head.predict_mode]).sum(-1), 1, atol=1e-5)
+    assert {scores.dtype, *(found.dtype for found in log_p.values())} == {tf.float32}
+    if size == 10:
         reference = functional.expected_log_probabilities(logits, retain_logits)
-        head.predict_mode = "expected"
         tolerance = 0.3 if policy == "mixed_bfloat16" else 0.03
-        np.testing.assert_allclose(head(features), reference, atol=tolerance)
+        np.testing.assert_allclose(log_p["expected"], reference, atol=tolerance)
 
 
 @pytest.mark.parametrize("floatx", ["float16", "bfloat16", "float64"])
 def test_every_floatx_trains(blobs, floatx):
     keras.config.set_floatx(floatx)
-    try:
-        model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1, dtype=floatx)])
-        model.compile(keras.optimizers.SGD(0.5), DropMaxLoss(), metrics=["accuracy"])
-        model.fit(*blobs, epochs=5, verbose=0)
-        loss, accuracy = (float(value) for value in model.evaluate(*blobs, verbose=0))
-    finally:
-        keras.config.set_floatx("float32")
+    model = keras.Sequential([keras.Input((6,)), DropMaxHead(4, seed=1, dtype=floatx)])
+    model.compile(keras.optimizers.SGD(0.5), DropMaxLoss(), metrics=["accuracy"])
+    model.fit(*blobs, epochs=5, verbose=0)
+    loss, accuracy = (float(value) for value in model.evaluate(*blobs, verbose=0))
     assert loss < 1
     assert accuracy > 0.9
 
@@ -224,7 +201,7 @@ def test_from_dense_refuses_what_it_cannot_start_from():
             DropMaxHead.from_dense(dense)
 
 
-def test_modes_of_the_head_are_those_of_functional(rng, golden):
+def test_modes_of_the_head_are_those_of_functional(golden):
     branches = [golden[name].astype("float32") for name in ("logits", "retain_logits")]
     features, head = np.concatenate(branches, axis=1), selecting_head(branches[0].shape[1])
     for mode in DETERMINISTIC:
@@ -232,9 +209,9 @@ def test_modes_of_the_head_are_those_of_functional(rng, golden):
         np.testing.assert_allclose(np.exp(head(features)), golden[mode], atol=1e-5)
     head.predict_mode, head.predict_samples = "sampled", 1000
     call = tf.function(head)
-    sampled = np.exp(call(features))
+    sampled, other = (np.exp(call(features)) for _ in range(2))
     np.testing.assert_allclose(sampled, golden["exact"], atol=0.08)
-    assert np.abs(sampled - np.exp(call(features))).max() > 1e-5  # the next draws are others
+    assert np.abs(sampled - other).max() > 1e-5  # The second call draws the next masks.
 
 
 def test_label_predicts_by_the_prior_alone(rng):
@@ -243,11 +220,8 @@ def test_label_predicts_by_the_prior_alone(rng):
     before = head(features).numpy()
     retain, auxiliary = head.branches["retain"].kernel, head.branches["auxiliary"].kernel
     auxiliary.assign(rng.normal(size=(4, 3)))
-    np.testing.assert_allclose(
-        head.mask_distribution(features).logits_parameter(),
-        features @ (retain + auxiliary).numpy(),
-        atol=1e-5,
-    )
+    logits = head.mask_distribution(features).logits_parameter()
+    np.testing.assert_allclose(logits, features @ (retain + auxiliary).numpy(), atol=1e-5)
     np.testing.assert_array_equal(head(features), before)
 
 
@@ -265,28 +239,45 @@ def test_retain_probabilities_and_mask_distribution(rng):
             head.mask_distribution(features)
 
 
-def test_outputs_of_a_second_call(rng):
-    features = rng.normal(size=(6, 3)).astype("float32")
-    head = DropMaxHead(4, seed=1, retain=GLOROT)
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_outputs_of_a_second_call(rng, dtype):
+    """In float32 under every policy. They add no loss, and draw no masks."""
+    features = rng.normal(size=(5, 3, 6)).astype("float32")
+    head = DropMaxHead(4, seed=1, retain=GLOROT, dtype=dtype)
     head.build(features.shape)
     logits, retain_logits = (
         features @ head.branches[name].kernel.numpy() for name in ("classes", "retain")
     )
     expected = {
+        "classes": functional.expected_log_probabilities(logits, retain_logits),
         "logits": logits,
         "retain_logits": retain_logits,
         "retain_probabilities": oracles.sigmoid(retain_logits),
     }
-    inputs = keras.Input((3,))
+    inputs = keras.Input((3, 6))
     for output, values in expected.items():
-        for training in (False, True):
-            found = head(features, training=training, output=output)
-            np.testing.assert_allclose(found, values, atol=1e-6)
         symbolic = head(inputs, output=output)
-        assert (symbolic.shape, symbolic.dtype) == ((None, 4), "float32")
-        model = keras.Model(inputs, symbolic)
-        np.testing.assert_allclose(model.predict(features, verbose=0), values, atol=1e-6)
+        assert (symbolic.shape, symbolic.dtype) == ((None, 3, 4), "float32")
+        of_calls = [head(features, output=output), keras.Model(inputs, symbolic)(features)]
+        if output != "classes":
+            of_calls.append(head(features, training=True, output=output))
+        for found in of_calls:
+            np.testing.assert_allclose(found, values, atol=1e-6 if dtype == "float32" else 0.1)
+            np.testing.assert_array_equal(found, of_calls[0])
     assert head.losses == []
+    for x in (inputs, features):
+        with pytest.raises(ValueError, match="`output` must be one of"):
+            head(x, output="masks")
+
+
+def test_methods_take_sparse_features(rng):
+    """The integration tests train, evaluate and calibrate with them."""
+    features = np.where(rng.random((6, 3)) < 0.5, rng.normal(size=(6, 3)), 0).astype("float32")
+    head, sparse = DropMaxHead(4, seed=1, retain=GLOROT), tf.sparse.from_dense(features)
+    rho = head.retain_probabilities(features)
+    np.testing.assert_allclose(head.retain_probabilities(sparse), rho, atol=1e-6)
+    assert head.uncertainty(sparse).entropy.shape == (6,)
+    assert head.mask_distribution(sparse).batch_shape == (6, 4)
 
 
 def test_no_log_probability_is_zero():

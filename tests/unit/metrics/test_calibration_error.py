@@ -33,10 +33,7 @@ def equal_width(p, labels, weights, bins):
 
 
 def equal_mass(p, labels, weights, bins):
-    """Weight, confidence and accuracy of bins of sorted examples.
-
-    An example in which a bin ends is divided between two bins.
-    """
+    """The same for bins of sorted examples. An example in which a bin ends is divided."""
     order = np.argsort(p.max(-1), kind="stable")
     p, labels, weights = p[order].astype("float64"), labels[order], weights[order]
     ends = np.append(0, np.cumsum(weights))
@@ -74,11 +71,7 @@ def test_equal_width_bins_agree_with_a_loop(rng):
     logits, labels = calibrated(150, rng)
     weights = rng.random(150).astype("float32")
     p = tf.nn.softmax(logits).numpy()
-    one_hot = np.eye(T, dtype=int)[labels]
-    cases = [(True, labels, logits + 3), (True, labels, tf.nn.log_softmax(logits))]
-    cases += [
-        (False, form, p) for form in (labels, labels[:, None], one_hot, one_hot.astype("float32"))
-    ]
+    cases = [(True, labels, logits + 3), (False, labels[:, None], p), (False, np.eye(T)[labels], p)]
     for from_logits, form, y_pred in cases:
         for weight in (None, weights, weights[:, None]):
             metric = ExpectedCalibrationError(from_logits=from_logits)
@@ -90,20 +83,17 @@ def test_equal_width_bins_agree_with_a_loop(rng):
     assert np.isnan(expected[1]).any()  # Some bins are empty.
 
 
-@pytest.mark.parametrize("arguments", [{}, {"bins": 7}, {"binning": "mass"}], ids=str)
-def test_the_result_does_not_depend_on_the_batches(arguments, rng):
+@pytest.mark.parametrize("binning", ["width", "mass"])
+def test_the_result_does_not_depend_on_the_batches(binning, rng):
     logits, labels = calibrated(700, rng)
     p = softmax(logits, -1).astype("float32")
-    one, many = (ExpectedCalibrationError(from_logits=False, **arguments) for _ in range(2))
+    one, many = (ExpectedCalibrationError(7, binning, from_logits=False) for _ in range(2))
     one.update_state(labels, p)
     for rows in np.split(rng.permutation(700), [1, 40, 300, 300]):
         many.update_state(labels[rows], p[rows])
     np.testing.assert_array_equal(one._sums, many._sums)
     assert float(one.result()) == float(many.result()) > 0.01
     np.testing.assert_array_equal(one.reliability(), many.reliability())
-    if "binning" not in arguments:
-        expected = equal_width(p, labels, np.ones(700), arguments.get("bins", 15))
-        assert float(one.result()) == pytest.approx(error_of(expected), rel=1e-5)
     many.reset_state()
     assert float(many.result()) == 0.0
     assert float(many(labels, p)) == float(one.result())

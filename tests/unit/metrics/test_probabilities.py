@@ -63,9 +63,6 @@ def test_config_round_trip(name):
     arguments |= {"bins": 3, "binning": "mass"} if name == "ExpectedCalibrationError" else {}
     one = metric(name, **arguments)
     assert one.get_config() == arguments
-    again = keras.metrics.deserialize(keras.metrics.serialize(one))
-    assert type(again) is type(one)
-    assert again.get_config() == arguments
     for each in (one, metric(name)):
         TestCase().run_class_serialization_test(each)
 
@@ -90,9 +87,8 @@ def test_callbacks_of_keras_know_that_less_is_better(name, blobs):
 @pytest.mark.parametrize("wrong", [[[-0.7, -0.7]], [[1.5, 0.5]]], ids=str)
 def test_values_outside_0_and_1_raise(name, wrong):
     arguments = {} if name in RETAIN_METRICS else {"from_logits": False}
-    with pytest.raises(
-        tf.errors.InvalidArgumentError, match=rf"{name}: `y_pred` must be in \[0, 1\]"
-    ):
+    message = rf"{name}: `y_pred` must be in \[0, 1\]"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         metric(name, **arguments)([0], tf.constant(wrong))
 
 
