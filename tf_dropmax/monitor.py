@@ -102,14 +102,13 @@ class _Evaluator(keras.Model):
                     f"Expected a model that calls its head {head.name!r} once. "
                     f"Received: {len(seen)} calls of it"
                 )
-            features, mask, _ = seen[0]
-            retain_logits = head(features, output="retain_logits")
+            retain_logits, mask, _ = seen[0]
             entropy = tf.reduce_mean(functional.mask_entropy(retain_logits), axis=-1)
             values = (*retain_statistics(labels, tf.sigmoid(retain_logits)), entropy)
             prefix = "" if len(self.heads) == 1 else f"{head.name}_"
             for (name, mean), value in zip(self.means[head.name].items(), values, strict=True):
                 factors = [in_rank_of(value, f) for f in (weights, mask) if f is not None]
-                mean.update_state(value, math.prod(factors))
+                mean.update_state(value, math.prod(factors, start=tf.ones_like(value)))
                 logs[prefix + name] = mean.result()
         if not logs:
             received = list(y) if isinstance(y, dict) else y
@@ -121,24 +120,28 @@ def _of_head(head: DropMaxHead, given: Any, calls: list[Any], outputs: Any) -> A
     """What a model was given for the output that a head computes, or for all outputs."""
     if not isinstance(given, dict | list | tuple):
         return given
-    as_list = not isinstance(given, dict)
-    named = outputs if isinstance(outputs, dict) and not as_list else {}
-    if as_list:
-        given, named = (dict(enumerate(keras.tree.flatten(each))) for each in (given, outputs))
+    if not isinstance(given, dict):
+        given, outputs = (dict(enumerate(keras.tree.flatten(each))) for each in (given, outputs))
+    named = outputs if isinstance(outputs, dict) else {}
     names = [name for name, output in named.items() if any(output is call[-1] for call in calls)]
     return next((given[name] for name in (*names, head.name) if name in given), None)
 
 
 @contextlib.contextmanager
 def _calls_of(head: DropMaxHead) -> Iterator[list[tuple[Any, Any, Any]]]:
-    """Inside, features, mask and output of every call of the head are added to a list."""
+    """Inside, retain logits, mask and output of every call of the head are added to a list.
+
+    The output is that of mode `"expected"`.
+    """
     calls: list[tuple[Any, Any, Any]] = []
     call = head.call
 
     def listen(inputs: Any, training: bool = False, mask: Any = None, **kwargs: Any) -> Any:
-        output = call(inputs, training, mask, **kwargs)
-        if kwargs.get("output", "classes") == "classes":
-            calls.append((inputs, mask, output))
+        if kwargs.get("output", "classes") != "classes":
+            return call(inputs, training, mask, **kwargs)
+        logits, retain_logits = (call(inputs, output=o) for o in ("logits", "retain_logits"))
+        output = functional.expected_log_probabilities(logits, retain_logits)  # It draws no masks.
+        calls.append((retain_logits, mask, output))
         return output
 
     head.call = listen  # type: ignore[method-assign]

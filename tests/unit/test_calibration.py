@@ -183,6 +183,7 @@ def bad_data(x, y):
         "batches without labels": ((Batches(x),), "Expected labels"),
         "number": ((x, y[:5]), "cardinality"),  # Keras's own message
         "strings": ((x, y.astype(str)), "labels that are numbers"),
+        "weights beside a data set": ((Batches(x, y), None, ones), "has the weights too"),
         "weights": ((x, y, ones[:, None] * np.ones(3)), "shape"),
         "one class": ((x, 0 * y), r"two classes or more.*classes \[0\]"),
         "out of range": ((x, y + 1), "whole numbers"),
@@ -219,7 +220,7 @@ def test_models_that_cannot_be_calibrated(data):
         with pytest.raises(ValueError, match=message):
             calibrate(model, x, y)
     for temperature in (0, 0.009, 101, -1.0, np.nan, np.inf, "2", None):
-        with pytest.raises(ValueError, match=r"`temperature` must be.*Received"):
+        with pytest.raises(ValueError, match=r"temperature` must be.*Received"):
             set_predict_temperature(outputs, temperature)
 
 

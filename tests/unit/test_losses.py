@@ -98,6 +98,7 @@ def test_the_loss_accepts_every_output_of_a_head(rng, settings, scale):
         {"label_smoothing": 1},
         {"label_smoothing": "0.1"},
         {"reduction": "average"},
+        {"dtype": "bfloat16"},
     ],
     ids=str,
 )

@@ -226,7 +226,11 @@ def test_validation_in_a_mode_traces_the_training_step_once(x, monkeypatch):
     assert len(traces) == before
 
 
-@pytest.mark.parametrize("change", [set_predict_mode, predict_mode, DropMaxPredict])
+def enter(*arguments):
+    return predict_mode(*arguments).__enter__()
+
+
+@pytest.mark.parametrize("change", [set_predict_mode, enter, DropMaxPredict])
 def test_what_is_no_mode_is_refused_at_once(change):
     model = classifier()
     models = [] if change is DropMaxPredict else [model]
@@ -243,7 +247,7 @@ def test_what_is_no_mode_is_refused_at_once(change):
     assert (head.predict_mode, head.predict_samples) == ("expected", 30)
 
 
-@pytest.mark.parametrize("change", [set_predict_mode, predict_mode])
+@pytest.mark.parametrize("change", [set_predict_mode, enter])
 def test_what_has_no_head_is_refused_at_once(change):
     plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="plain")
     with pytest.raises(ValueError, match=r"at least one DropMaxHead.*'plain'"):

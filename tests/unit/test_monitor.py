@@ -119,6 +119,12 @@ def test_masked_positions_do_not_count(rng):
     assert 0 < len(counted) < 26
     assert history["retain_target"][0] == pytest.approx(np.mean(counted), rel=1e-5)
     assert history["retained_classes"][0] == pytest.approx(rho.sum(-1)[x != 0].mean(), rel=1e-5)
+    weights = rng.random(6)
+    monitor = DropMaxMonitor(tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(2))
+    history = model.fit(x, y, callbacks=[monitor], verbose=0).history
+    rho = model.layers[-1].retain_probabilities(embedding(x)).numpy()
+    expected = np.average(rho.sum(-1), weights=weights[:, None] * (x != 0))
+    assert history["retained_classes"][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_mistakes(blobs):
@@ -155,6 +161,19 @@ def test_a_used_monitor_can_be_copied(blobs, stopped):
     assert again.model is None
     history = model.fit(x, y, callbacks=[again], verbose=0).history
     assert history["retain_target"] == pytest.approx([statistics(model, x, y)["retain_target"]])
+
+
+def test_a_head_on_the_predictions_of_another(rng):
+    inputs = keras.Input((6,))
+    first, second = (DropMaxHead(4, name=name, retain=GLOROT) for name in ("one", "two"))
+    log_p = first(inputs)
+    model = keras.Model(inputs, {"one": log_p, "two": second(keras.ops.exp(log_p))})
+    model.compile(keras.optimizers.SGD(0.0), {"one": DropMaxLoss(), "two": DropMaxLoss()})
+    x, y = rng.normal(size=(40, 6)).astype("float32"), rng.integers(4, size=40)
+    labels = {"one": y, "two": y}
+    history = model.fit(x, labels, callbacks=[DropMaxMonitor(x, labels)], verbose=0).history
+    rho = second.retain_probabilities(np.exp(model.predict(x, verbose=0)["one"])).numpy()
+    assert history["two_retained_classes"] == pytest.approx([rho.sum(-1).mean()], rel=1e-5)
 
 
 def test_heads_with_labels_of_their_own(rng):

@@ -70,9 +70,19 @@ class Failing(keras.callbacks.Callback):
 @pytest.mark.parametrize("where", ["begin", "batch_begin", "batch_end", "end", "data"])
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("kind", ["predict", "test"])
-def test_an_exception_leaves_the_mode_as_it_was(blobs, kind, where, position):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.long),
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.long),
+        pytest.param({"steps_per_execution": 2}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_an_exception_leaves_the_mode_as_it_was(blobs, settings, kind, where, position):
     x, y = blobs
-    model = classifier({})
+    model = classifier(settings)
     of_kind = {"predict": (model.predict, model.predict_on_batch), "test": (model.evaluate,)}
     use, *on_batch = of_kind[kind]
     arrays = (x,) if kind == "predict" else (x, y)
@@ -95,8 +105,8 @@ def test_an_exception_leaves_the_mode_as_it_was(blobs, kind, where, position):
         with pytest.raises((RuntimeError, tf.errors.UnknownError), match="stopped"):
             use(*data, verbose=0, callbacks=callbacks)
         assert model.layers[-1].predict_mode == "expected"
-        settings = {"verbose": 0} if following is use else {}
-        np.testing.assert_allclose(following(*arrays, **settings), before, atol=1e-5)
+        quiet = {"verbose": 0} if following is use else {}
+        np.testing.assert_allclose(following(*arrays, **quiet), before, atol=1e-5)
     np.testing.assert_array_equal(use(*arrays, verbose=0, callbacks=[softmax]), in_softmax)
     np.testing.assert_array_equal(use(*arrays, verbose=0), before)
     assert not {name for name in vars(model) if name.startswith("make_")}

@@ -107,5 +107,5 @@ def test_of_a_head(kwargs, rng):
 
 
 def test_no_samples_are_refused():
-    with pytest.raises(ValueError, match="`samples` must be an int >= 1"):
+    with pytest.raises(ValueError, match="`samples` must be a positive int"):
         DropMaxHead(4).uncertainty(np.ones((2, 6), "float32"), 0)

@@ -57,7 +57,7 @@ def test_arguments_of_dense_reach_the_branches():
     bare.build((None, 2))
     assert [branch.bias for branch in bare.branches.values()] == [None, None]
     for kwargs in ({"activation": "relu"}, {"retain": {"activation": "relu", "kernels": 1}}):
-        with pytest.raises((ValueError, TypeError), match=r"activation|kernels"):
+        with pytest.raises((ValueError, TypeError), match=r"activation|`retain` .*kernels"):
             DropMaxHead(3, **kwargs)
 
 
@@ -67,7 +67,8 @@ def test_arguments_of_dense_reach_the_branches():
         *({"units": value} for value in (0, -1, 2.0, "3", None, True)),
         *({"retain_probability": v} for v in (0, 1, 0.0, 1.0, -0.1, 1.5, np.nan, "0.5", True)),
         *({"temperature": value} for value in (0, 1e-7, -0.1, np.nan, np.inf, "0.1", None)),
-        *({"entropy_weight": value} for value in (-1e-9, 1e8, np.nan, np.inf, "1")),
+        *({"entropy_weight": value} for value in (-1e-9, 1e8, np.nan, np.inf, "1", [1.0])),
+        *({"entropy_warmup": value} for value in (-1, 1e8, "soon", None)),
         *({"predict_mode": value} for value in ("mean", None, 0)),
         *({"predict_samples": value} for value in (0, -1, 1.5, None)),
         *({"seed": value} for value in (1.5, "1", True)),
@@ -183,6 +184,12 @@ def test_from_dense_starts_where_the_classifier_was(rng, activation):
     bare = keras.layers.Dense(3, use_bias=False)
     bare.build((None, 4))
     assert len(DropMaxHead.from_dense(bare, retain_probability=0.4).trainable_weights) == 1
+    dense.enable_lora(2)
+    dense.set_weights([weight + 0.1 for weight in dense.get_weights()])
+    head = DropMaxHead.from_dense(dense)
+    probabilities = np.exp(head(features))
+    expected = dense(features) if activation else tf.nn.softmax(dense(features))
+    np.testing.assert_allclose(probabilities, expected, atol=1e-6)
 
 
 def test_from_dense_refuses_what_it_cannot_start_from():
@@ -199,6 +206,10 @@ def test_from_dense_refuses_what_it_cannot_start_from():
     ]:
         with pytest.raises(ValueError, match=message):
             DropMaxHead.from_dense(dense)
+    good = keras.layers.Dense(3)
+    good.build((None, 4))
+    with pytest.raises(ValueError, match="'classes'"):
+        DropMaxHead.from_dense(good, use_bias=False)
 
 
 def test_modes_of_the_head_are_those_of_functional(golden):

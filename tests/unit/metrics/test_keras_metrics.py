@@ -1,5 +1,6 @@
-"""The metrics of Keras that accept log-probabilities instead of probabilities."""
+"""Which metrics of Keras accept log-probabilities instead of probabilities, and which do not."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -37,10 +38,67 @@ ACCEPT = {
     "SparseTopKCategoricalAccuracy": (lambda: metrics.SparseTopKCategoricalAccuracy(k=2),),
     "TopKCategoricalAccuracy": (lambda: metrics.TopKCategoricalAccuracy(k=2),),
 }
+DO_NOT_ACCEPT = {
+    "AUC": (metrics.AUC,),
+    # It applies a sigmoid, which keeps the order. So the value is close, but not equal: the
+    # thresholds are between other predictions.
+    "AUC(from_logits=True)": (lambda: metrics.AUC(from_logits=True), metrics.AUC),
+    "AUC(multi_label=True)": (lambda: metrics.AUC(multi_label=True, num_labels=T),),
+    "Accuracy": (metrics.Accuracy,),
+    "BinaryAccuracy": (metrics.BinaryAccuracy,),
+    "BinaryCrossentropy": (metrics.BinaryCrossentropy,),
+    "BinaryCrossentropy(from_logits=True)": (
+        lambda: metrics.BinaryCrossentropy(from_logits=True),
+        metrics.BinaryCrossentropy,
+    ),
+    "BinaryIoU": (metrics.BinaryIoU,),
+    "CategoricalCrossentropy": (metrics.CategoricalCrossentropy,),
+    "CategoricalHinge": (metrics.CategoricalHinge,),
+    "F1Score(threshold=0.5)": (lambda: metrics.F1Score("macro", threshold=0.5),),
+    "FBetaScore(threshold=0.5)": (lambda: metrics.FBetaScore("macro", threshold=0.5),),
+    "FalseNegatives": (metrics.FalseNegatives,),
+    "FalsePositives": (metrics.FalsePositives,),
+    "Hinge": (metrics.Hinge,),
+    "IoU": (lambda: metrics.IoU(T, [0, 2]),),
+    "KLDivergence": (metrics.KLDivergence,),
+    "MeanIoU": (lambda: metrics.MeanIoU(T),),
+    "Poisson": (metrics.Poisson,),
+    "Precision": (metrics.Precision,),
+    "Precision(top_k=1, thresholds=0.5)": (lambda: metrics.Precision(0.5, top_k=1),),
+    "PrecisionAtRecall": (lambda: metrics.PrecisionAtRecall(0.6),),
+    "Recall": (metrics.Recall,),
+    "RecallAtPrecision": (lambda: metrics.RecallAtPrecision(0.6),),
+    "SensitivityAtSpecificity": (lambda: metrics.SensitivityAtSpecificity(0.6),),
+    "SparseCategoricalCrossentropy": (metrics.SparseCategoricalCrossentropy,),
+    "SpecificityAtSensitivity": (lambda: metrics.SpecificityAtSensitivity(0.6),),
+    "SquaredHinge": (metrics.SquaredHinge,),
+    "TrueNegatives": (metrics.TrueNegatives,),
+    "TruePositives": (metrics.TruePositives,),
+}
+NOT_FOR_CLASSIFICATION = {
+    "ConcordanceCorrelation",
+    "CosineSimilarity",
+    "LogCoshError",
+    "Mean",
+    "MeanAbsoluteError",
+    "MeanAbsolutePercentageError",
+    "MeanMetricWrapper",
+    "MeanSquaredError",
+    "MeanSquaredLogarithmicError",
+    "Metric",
+    "PearsonCorrelation",
+    "R2Score",
+    "RootMeanSquaredError",
+    "Sum",
+}
+# These take class indices as predictions, not probabilities.
+TAKE_INDICES = ("Accuracy", "IoU", "MeanIoU")
 TAKE_SPARSE_LABELS = (
+    *TAKE_INDICES,
     "IoU(sparse_y_pred=False)",
     "MeanIoU(sparse_y_pred=False)",
     "SparseCategoricalAccuracy",
+    "SparseCategoricalCrossentropy",
     "SparseCategoricalCrossentropy(from_logits=True)",
     "SparseTopKCategoricalAccuracy",
 )
@@ -79,3 +137,28 @@ def test_f_scores_need_the_cap(name, predictions):
     labels, log_p, p = predictions
     expected, uncapped = (value_of(ACCEPT[name][0](), name, labels, x) for x in (p, log_p))
     assert np.abs(uncapped - expected).max() > 0.01
+
+
+@pytest.mark.parametrize("name", DO_NOT_ACCEPT)
+def test_metrics_that_do_not_accept_log_probabilities(name, predictions):
+    labels, log_p, p = predictions
+    make, make_for_probabilities = DO_NOT_ACCEPT[name][0], DO_NOT_ACCEPT[name][-1]
+    right_predictions = p.argmax(-1) if name in TAKE_INDICES else p
+    expected = value_of(make_for_probabilities(), name, labels, right_predictions)
+    assert np.isfinite(expected).all()
+    try:
+        value = value_of(make(), name, labels, np.minimum(log_p, CAP))
+    except (ValueError, tf.errors.InvalidArgumentError):
+        return
+    assert not np.allclose(value, expected, rtol=1e-5, atol=0)
+
+
+def test_the_lists_are_complete():
+    exported = {
+        name
+        for name, value in vars(keras.metrics).items()
+        if isinstance(value, type) and issubclass(value, keras.metrics.Metric)
+    }
+    listed = {name.partition("(")[0] for name in (*ACCEPT, *DO_NOT_ACCEPT)}
+    assert listed | NOT_FOR_CLASSIFICATION == exported
+    assert not listed & NOT_FOR_CLASSIFICATION
