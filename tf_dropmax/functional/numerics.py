@@ -71,16 +71,17 @@ def log_probabilities(log_weights: tf.Tensor, temperature: float | tf.Tensor = 1
     Returns:
         Tensor of shape `(..., T)`.
     """
-    return _log_probabilities(log_weights, 1 / scalar(temperature, log_weights.dtype))
+    return _log_probabilities(log_weights, scalar(temperature, log_weights.dtype))
 
 
 @traced_once
-def _log_probabilities(log_weights, inverse):
-    log_p = tf.nn.log_softmax(log_weights * inverse)
+def _log_probabilities(log_weights, temperature):
+    # A product with the inverse costs mode "expected" 1.2 times the time with XLA on a CPU.
+    log_p = tf.nn.log_softmax(log_weights / temperature)
 
     def gradient(upstream):
         total = tf.reduce_sum(upstream, axis=-1, keepdims=True)
-        return (upstream - tf.exp(log_p) * total) * inverse, None
+        return (upstream - tf.exp(log_p) * total) / temperature, None
 
     return tf.minimum(log_p, _LARGEST_LOG[log_p.dtype.name]), gradient
 
