@@ -110,7 +110,7 @@ def calibrate(
             "If `x` has the labels, it has the weights too: batches (x, y, sample_weight). "
             "Received: `sample_weight` without `y`"
         )
-    if getattr(getattr(y, "dtype", None), "kind", None) in ("S", "U"):
+    if getattr(getattr(y, "dtype", None), "kind", None) in ("O", "S", "U"):
         raise ValueError(f"Expected labels that are numbers. Received: y.dtype={y.dtype}")
     with model.distribute_strategy.scope():
         predictor = _WithLabels(model, heads[0].units, of_arrays)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import keras
@@ -187,7 +186,7 @@ class _StepInMode:
 
     def __init__(self, model: keras.Model, kind: str, mode: str, samples: int | None):
         self._model, self._kind, self._mode, self._ran = model, kind, mode, False
-        self._context = partial(predict_mode, model, mode, samples)
+        self._context = lambda: predict_mode(model, mode, samples)
         self._function = getattr(model, f"{kind}_function")
         if isinstance(self._function, _StepInMode):
             raise ValueError(

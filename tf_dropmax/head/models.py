@@ -14,12 +14,9 @@ from typing import Any
 import keras
 
 # The methods of a model that run its compiled functions, or a step of theirs.
-_METHODS = {
-    "train": ("train_step", "fit", "train_on_batch"),
-    "test": ("test_step", "evaluate", "test_on_batch"),
-    "predict": ("predict_step", "predict", "predict_on_batch"),
-}
-_KINDS = {method: kind for kind, methods in _METHODS.items() for method in methods}
+_KINDS = {"fit": "train", "evaluate": "test", "predict": "predict"}
+_KINDS |= {f"{kind}_step": kind for kind in ("train", "test", "predict")}
+_KINDS |= {f"{kind}_on_batch": kind for kind in ("train", "test", "predict")}
 _KEPT = 8  # Functions kept for each model and kind. The oldest is dropped first.
 
 
