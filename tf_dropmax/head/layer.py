@@ -91,7 +91,7 @@ class DropMaxHead(PredictingLayer):
         retain: `None` or a dictionary of arguments of `keras.layers.Dense` for the retain branch
             and the auxiliary classifier, such as `{"kernel_regularizer": "l2"}`. They have the
             `use_bias` and the dtype policy of the logits unless you give others. Their kernels
-            start at zero, so that the network learns as fast as with a softmax. The paper's start
+            start at zero, so that the features learn from the logits first. The paper's start
             is `{"kernel_initializer": "glorot_uniform"}`. Defaults to `None`.
         seed: `None` or int. Seeds the masks, and the initializers of this layer that have no seed
             of their own. With `None`, every layer gets a new seed. Defaults to `None`.
