@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dropmax.head.inference import MAX_TEMPERATURE
-from tf_dropmax.labels import are_sparse, at_label, in_rank_of, label_weights
+from tf_dropmax.labels import are_sparse, at_label, joint_weights, label_weights
 from tf_dropmax.modes import heads_of
 
 
@@ -181,9 +181,7 @@ class _WithLabels(keras.Model):
             )
         if y is None:
             raise ValueError("Expected labels: `y`, or batches (x, y). Received: none")
-        weights = tf.ones_like(log_p[..., 0])
-        if sample_weight is not None:
-            weights *= in_rank_of(weights, sample_weight)
+        weights = joint_weights(log_p[..., 0], sample_weight)
         return log_p, _dense(tf.convert_to_tensor(y), log_p, weights), weights
 
 

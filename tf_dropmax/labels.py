@@ -132,25 +132,30 @@ def _same_shape(labels, values, name):
         return tf.identity(labels)
 
 
-def in_rank_of(values: tf.Tensor, weights: Any) -> tf.Tensor:
-    """Sample weights that broadcast with the values of the examples or positions.
+def joint_weights(values: tf.Tensor, *factors: Any) -> tf.Tensor:
+    """The product of sample weights and masks of examples or positions.
 
     Args:
-        values: Tensor, shape `(batch, ...)`.
-        weights: Tensor or array, shape `(batch,)`, `(batch, ...)`, or the same with a last
-            dimension of 1.
+        values: Float tensor, shape `(batch, ...)`.
+        *factors: `None`, or tensors or arrays of shape `(batch,)`, `(batch, ...)`, or the same with
+            a last dimension of 1.
 
     Returns:
-        Tensor of the rank and dtype of `values`.
+        Tensor of the shape and dtype of `values`. It is 1 if all factors are `None`.
 
     Example:
 
-    >>> from tf_dropmax.labels import in_rank_of
-    >>> in_rank_of(tf.zeros((2, 5)), [0.5, 1.0]).numpy().tolist()
-    [[0.5], [1.0]]
+    >>> from tf_dropmax.labels import joint_weights
+    >>> joint_weights(tf.zeros((2, 3)), [0.5, 2.0], None).numpy().tolist()
+    [[0.5, 0.5, 0.5], [2.0, 2.0, 2.0]]
     """
-    shape = tf.concat([tf.shape(weights), tf.ones_like(tf.shape(values))], axis=0)
-    return tf.reshape(tf.cast(weights, values.dtype), shape[: values.shape.rank])
+    weight = tf.ones_like(values)
+    for factor in factors:
+        if factor is not None:
+            # Shapes `(batch,)`, `(batch, 1)`, ... in the rank of the values.
+            shape = tf.concat([tf.shape(factor), tf.ones_like(tf.shape(values))], axis=0)
+            weight *= tf.reshape(tf.cast(factor, values.dtype), shape[: values.shape.rank])
+    return weight
 
 
 def checked(values: tf.Tensor, valid: tf.Tensor, *message: Any) -> tf.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import tensorflow as tf
 
 from tf_dropmax import functional
 from tf_dropmax.head import DropMaxHead
-from tf_dropmax.labels import in_rank_of
+from tf_dropmax.labels import joint_weights
 from tf_dropmax.metrics.retain import retain_statistics
 from tf_dropmax.modes import CopiedWithoutModel, heads_of
 
@@ -105,10 +104,10 @@ class _Evaluator(keras.Model):
             retain_logits, mask, _ = seen[0]
             entropy = tf.reduce_mean(functional.mask_entropy(retain_logits), axis=-1)
             values = (*retain_statistics(labels, tf.sigmoid(retain_logits)), entropy)
+            weight = joint_weights(values[0], weights, mask)
             prefix = "" if len(self.heads) == 1 else f"{head.name}_"
             for (name, mean), value in zip(self.means[head.name].items(), values, strict=True):
-                factors = [in_rank_of(value, f) for f in (weights, mask) if f is not None]
-                mean.update_state(value, math.prod(factors, start=tf.ones_like(value)))
+                mean.update_state(value, weight)
                 logs[prefix + name] = mean.result()
         if not logs:
             received = list(y) if isinstance(y, dict) else y

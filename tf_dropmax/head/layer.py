@@ -262,9 +262,9 @@ class DropMaxHead(PredictingLayer):
 
         settings = {
             name: getattr(DropMaxHead, name).tensor(self, logits.dtype)
-            for name in ("entropy_weight", "entropy_warmup", "temperature", "auxiliary_weight")
+            for name in ("entropy_weight", "temperature", "auxiliary_weight")
         }
-        warmup = settings.pop("entropy_warmup")
+        warmup = DropMaxHead.entropy_warmup.tensor(self, logits.dtype)
         ahead = tf.maximum(warmup - tf.cast(seed[1], logits.dtype), 0)
         settings["entropy_weight"] *= 1 - tf.math.divide_no_nan(ahead, warmup)
         step = TrainingStep(logits, lambda name: self.branch(name, features), uniform, **settings)

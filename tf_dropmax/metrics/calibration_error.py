@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tf_dropmax.checks import check_one_of, check_positive_int
 from tf_dropmax.keras_internals import get_mask, less_is_better
-from tf_dropmax.labels import at_label, in_rank_of
+from tf_dropmax.labels import at_label, joint_weights
 from tf_dropmax.metrics.probabilities import to_probabilities
 
 # For bins of equal weight: cells of equal width in the log-odds of the confidence, from -16 to 16,
@@ -108,10 +108,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         confidence = tf.cast(tf.reduce_max(p, axis=-1), tf.float64)
         predicted = tf.one_hot(tf.argmax(p, axis=-1), tf.shape(p)[-1], dtype=tf.float64)
         right = at_label(y_true, predicted, name=type(self).__name__)
-        weight = tf.ones_like(confidence)
-        for factor in (sample_weight, get_mask(y_pred)):
-            if factor is not None:
-                weight *= in_rank_of(weight, factor)
+        weight = joint_weights(confidence, sample_weight, get_mask(y_pred))
         parts = tf.stack([weight, weight * confidence, weight * right], axis=-1)
         cells = self._cell(confidence)
         self._sums.assign_add(tf.math.unsorted_segment_sum(parts, cells, self._cells))
