@@ -145,7 +145,7 @@ def _log_quadrature(logits, retain_logits):
                 log_phi = tf.math.log(phi) + phi * (1 - phi - retain * loss)
                 survival = tf.reduce_sum(log_phi, axis=-1, keepdims=True)
                 scale = survival + tf.gather(log_slopes, place)
-                share = y * decay * tf.exp(scale - log_phi)
+                share = y * (decay / phi) * tf.exp(scale)
                 added = terms(y, decay, loss, phi, share)
                 sums = tuple(total + term for total, term in zip(sums, added, strict=True))
                 last, log_s = log_s, log_s + tf.gather(steps, place)
