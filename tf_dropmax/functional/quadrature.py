@@ -174,15 +174,16 @@ def _log_quadrature(logits, retain_logits):
 
     def gradient(upstream):
         upstream.set_shape(logits.shape)  # A kernel forgets the number of rows.
-        factor = upstream * retain / p
+        scale = retain / p  # No product overflows: the sum of `scale * share` is at most 1 / step.
 
         def terms(y, decay, loss, phi, share):
-            pull = factor * share
-            slope = (tf.reduce_sum(pull, axis=-1, keepdims=True) - pull) * retain / phi
-            return pull * (1 - y) - slope * y * decay, pull - slope * loss
+            pull = upstream * (scale * share)
+            others = tf.reduce_sum(pull, axis=-1, keepdims=True) - pull
+            kept, dropped = retain * (decay / phi), retain * (drop / phi)
+            return pull * (1 - y) - others * kept * y, pull * drop - others * loss * dropped
 
         by_logits, by_retain = integrate(terms, 2)
         rest = tf.reduce_sum(upstream * (none_retained / p), axis=-1, keepdims=True)
-        return by_logits, by_retain * drop - retain * rest
+        return by_logits, by_retain - retain * rest
 
     return tf.math.log(p), gradient

@@ -68,9 +68,10 @@ class DropMaxHead(PredictingLayer):
             regulariser (14). Larger values push retain probabilities towards 1/2. The regulariser
             is a sum over classes. With many classes, a weight of 1 can prevent a network from
             learning. `None` is `min(1, 30 / units)`. Defaults to `None`.
-        entropy_warmup: Float in [0, 1e6], number of training steps (more exactly: calls in
-            training) in which the weight of the regulariser rises from 0 to `entropy_weight`. It
-            lets the retain branch grow first. 0 is as in the paper. Defaults to 100.
+        entropy_warmup: `None` or float in [0, 1e6], number of training steps (more exactly: calls
+            in training) in which the weight of the regulariser rises from 0 to `entropy_weight`. It
+            lets the retain branch grow first. 0 is as in the paper. `None` is 100 with masks from
+            the prior, and 0 with `posterior="label"`. Defaults to `None`.
         retain_probability: `None` or float in (0, 1). `None` is adaptive DropMax, which learns the
             retain probability as a function of the features. A float is random DropMax: hard masks
             keep each class with this probability, and always keep the target. Random DropMax has no
@@ -142,7 +143,7 @@ class DropMaxHead(PredictingLayer):
         *,
         posterior: str = "prior",
         entropy_weight: float | None = None,
-        entropy_warmup: float = 100,
+        entropy_warmup: float | None = None,
         retain_probability: float | None = None,
         stochastic: bool = True,
         temperature: float = 0.1,
@@ -165,7 +166,8 @@ class DropMaxHead(PredictingLayer):
         self.variant, self.posterior = variant, posterior
         self.retain_probability, self.stochastic = retain_probability, bool(stochastic)
         self.temperature = temperature
-        self.entropy_warmup = entropy_warmup
+        default = 0 if posterior == "label" else 100
+        self.entropy_warmup = default if entropy_warmup is None else entropy_warmup
         scale = class_scale(units)
         self.entropy_weight = scale if entropy_weight is None else entropy_weight
         self.auxiliary_weight = 0.1 * scale if auxiliary_weight is None else auxiliary_weight

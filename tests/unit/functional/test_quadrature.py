@@ -98,6 +98,16 @@ def test_exact_gradients(rng, levels, tolerance):
     np.testing.assert_allclose(by_retain, expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_gradients_of_tiny_probabilities_are_finite(dtype):
+    logits, retain_logits = tf.constant([[0, -200.0]], dtype), tf.constant([[1000, 0.0]], dtype)
+    with tf.GradientTape() as tape:
+        tape.watch([logits, retain_logits])
+        log_p = functional.exact_log_probabilities(logits, retain_logits)
+    for gradient in tape.gradient(log_p, [logits, retain_logits], 100 * tf.ones_like(log_p)):
+        assert np.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize(
     ("dtype", "retain_logits", "tolerance"),
     [

