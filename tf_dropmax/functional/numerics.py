@@ -73,7 +73,7 @@ def log_probabilities(log_weights: tf.Tensor, temperature: float | tf.Tensor = 1
     """
     # A product with the inverse costs mode "expected" 1.2 times the time with XLA on a CPU.
     log_p = tf.nn.log_softmax(log_weights / scalar(temperature, log_weights.dtype))
-    return log_p + tf.stop_gradient(tf.minimum(log_p, _LARGEST_LOG[log_p.dtype.name]) - log_p)
+    return log_p - tf.stop_gradient(tf.nn.relu(log_p - _LARGEST_LOG[log_p.dtype.name]))
 
 
 def tiny(x: tf.Tensor) -> tf.Tensor:

@@ -70,8 +70,9 @@ class DropMaxHead(PredictingLayer):
             learning. `None` is `min(1, 30 / units)`. Defaults to `None`.
         entropy_warmup: `None` or float in [0, 1e6], number of training steps (more exactly: calls
             in training) in which the weight of the regulariser rises from 0 to `entropy_weight`. It
-            lets the retain branch grow first. 0 is as in the paper. `None` is 100 with masks from
-            the prior, and 0 with `posterior="label"`. Defaults to `None`.
+            lets the retain branch grow first. With `posterior="label"` and many classes, it can
+            make all masks drop every class. 0 is as in the paper. `None` is 0 with
+            `posterior="label"`, and 100 otherwise. Defaults to `None`.
         retain_probability: `None` or float in (0, 1). `None` is adaptive DropMax, which learns the
             retain probability as a function of the features. A float is random DropMax: hard masks
             keep each class with this probability, and always keep the target. Random DropMax has no
@@ -93,7 +94,8 @@ class DropMaxHead(PredictingLayer):
             and the auxiliary classifier, such as `{"kernel_regularizer": "l2"}`. They have the
             `use_bias` and the dtype policy of the logits unless you give others. Their kernels
             start at zero, so that the features learn from the logits first. The paper's start
-            is `{"kernel_initializer": "glorot_uniform"}`. Defaults to `None`.
+            is `{"kernel_initializer": "glorot_uniform"}` with `entropy_warmup=0`. Defaults to
+            `None`.
         seed: `None` or int. Seeds the masks, and the initializers of this layer that have no seed
             of their own. With `None`, every layer gets a new seed. Defaults to `None`.
         **kwargs: Arguments of `keras.layers.Dense` for the logits, such as `use_bias` and

@@ -80,6 +80,11 @@ def test_sure_predictions_have_the_gradient_of_the_softmax(mode, margin, traced)
     np.testing.assert_allclose(gradient[0, 1:], -np.exp([-margin, -margin - 1]), rtol=1e-3)
 
 
+def test_a_masked_logit_stays_infinite():
+    log_p = functional.softmax_log_probabilities([0.0, -np.inf, 0.0]).numpy()
+    np.testing.assert_allclose(log_p, [-np.log(2), -np.inf, -np.log(2)], rtol=1e-6)
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 2.0, 100.0])
 @pytest.mark.parametrize("mode", PREDICTIONS)

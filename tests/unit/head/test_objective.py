@@ -195,6 +195,7 @@ def test_label_keeps_the_masks_of_many_classes(rng):
     )
     features = keras.Sequential([keras.Input((200,)), keras.layers.Dense(500, "relu")])
     head = DropMaxHead(200, posterior="label", seed=0)
+    assert (head.entropy_warmup, DropMaxHead(200).entropy_warmup) == (0, 100)
     model = keras.Sequential([features, head])
     model.compile(keras.optimizers.Adam(1e-3), DropMaxLoss())
     model.fit(x, labels, batch_size=100, epochs=3, verbose=0)
