@@ -125,7 +125,7 @@ def _log_quadrature(logits, retain_logits):
     begin = math.log(rule.lower_mass) - log_classes
 
     def integrate(terms, count):
-        """Sums `terms(y, exp(-y), 1 - exp(-y), phi, share)` over the nodes, with `y = s w`.
+        """Sums `terms(y, exp(-y) / phi, 1 - exp(-y), phi, share)` over the nodes, with `y = s w`.
 
         `rho_k share_k` is the integrand of `p_k` as a function of `v`. A row has its own `s` at a
         node, and `log_s` is the log of `s` times the weight of the logit `base`.
@@ -144,9 +144,9 @@ def _log_quadrature(logits, retain_logits):
                 # 1 - phi = retain * loss corrects the logarithm.
                 log_phi = tf.math.log(phi) + phi * (1 - phi - retain * loss)
                 survival = tf.reduce_sum(log_phi, axis=-1, keepdims=True)
-                scale = survival + tf.gather(log_slopes, place)
-                share = y * (decay / phi) * tf.exp(scale)
-                added = terms(y, decay, loss, phi, share)
+                quotient = decay / phi  # at most 1
+                share = y * quotient * tf.exp(survival + tf.gather(log_slopes, place))
+                added = terms(y, quotient, loss, phi, share)
                 sums = tuple(total + term for total, term in zip(sums, added, strict=True))
                 last, log_s = log_s, log_s + tf.gather(steps, place)
                 index += 1
@@ -169,17 +169,17 @@ def _log_quadrature(logits, retain_logits):
         return [rule.step * total for total in totals]
 
     none_retained = tf.exp(tf.reduce_sum(log_drop, axis=-1, keepdims=True) - log_classes)
-    (share,) = integrate(lambda y, decay, loss, phi, share: [share], 1)
+    (share,) = integrate(lambda y, quotient, loss, phi, share: [share], 1)
     p = retain * share + none_retained + tiny(logits)
 
     def gradient(upstream):
         upstream.set_shape(logits.shape)  # A kernel forgets the number of rows.
         scale = retain / p  # No product overflows: the sum of `scale * share` is at most 1 / step.
 
-        def terms(y, decay, loss, phi, share):
+        def terms(y, quotient, loss, phi, share):
             pull = upstream * (scale * share)
             others = tf.reduce_sum(pull, axis=-1, keepdims=True) - pull
-            kept, dropped = retain * (decay / phi), retain * (drop / phi)
+            kept, dropped = retain * quotient, retain * (drop / phi)
             return pull * (1 - y) - others * kept * y, pull * drop - others * loss * dropped
 
         by_logits, by_retain = integrate(terms, 2)

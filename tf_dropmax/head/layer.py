@@ -168,8 +168,7 @@ class DropMaxHead(PredictingLayer):
         self.variant, self.posterior = variant, posterior
         self.retain_probability, self.stochastic = retain_probability, bool(stochastic)
         self.temperature = temperature
-        default = 0 if posterior == "label" else 100
-        self.entropy_warmup = default if entropy_warmup is None else entropy_warmup
+        self.entropy_warmup = variant.entropy_warmup if entropy_warmup is None else entropy_warmup
         scale = class_scale(units)
         self.entropy_weight = scale if entropy_weight is None else entropy_weight
         self.auxiliary_weight = 0.1 * scale if auxiliary_weight is None else auxiliary_weight

@@ -42,9 +42,11 @@ class Variant:
 
     Attributes:
         branches: The names of the linear branches that it needs besides the logits.
+        entropy_warmup: The default of the argument of the head.
     """
 
     branches: tuple[str, ...] = ()
+    entropy_warmup = 100
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor | None]:
         """The scores and the sum of the mask entropies.
@@ -99,6 +101,7 @@ class Label(Variant):
     """
 
     branches = ("retain", "auxiliary")
+    entropy_warmup = 0  # Without the entropy term, the masks of many classes drop every class.
 
     def __init__(self, stochastic: bool):
         self.stochastic = stochastic
