@@ -97,8 +97,8 @@ def _table(results, seeds):
         "head",
         *MEASURES,
         title=f"Test set, mean +- standard deviation over {seeds} seeds",
-        caption='Mode "sampled" draws 30 masks. A class that none of them keeps has probability 0. '
-        "If it is the class of the label, the NLL is large.",
+        caption='Before `calibrate`, modes "sampled" and "exact" are often underconfident. In mode '
+        '"sampled", the NLL is large if none of the 30 masks keeps the class of a label.',
     )
     for row, measures in results.items():
         cells = (f"{np.mean(values):.3f} +- {_spread(values):.3f}" for values in measures.values())

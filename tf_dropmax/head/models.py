@@ -92,14 +92,14 @@ def follow_mode(head: Any) -> None:
 
 
 def check_loss() -> None:
-    """Refuses the training of a head by losses that take its scores for logits.
+    """Refuses the training of a head without a loss, or by losses that take its scores for logits.
 
     It allows compiled losses of the user's own, and models with their own `train_step` or
     `compute_loss`.
 
     Raises:
-        ValueError: If every loss with which the model was compiled is one of Keras, or the model is
-            a `keras.distillation.Distiller`.
+        ValueError: If the model was compiled without a loss or only with losses of Keras, or is a
+            `keras.distillation.Distiller`.
     """
     model, kind = next(running_models(), (None, None))
     if model is None or kind != "train":
@@ -115,7 +115,7 @@ def check_loss() -> None:
         getattr(type(model), method) is not getattr(keras.Model, method)
         for method in ("train_step", "compute_loss")
     )
-    if losses and not own_step and all(map(_is_of_keras, losses)):
+    if not own_step and all(map(_is_of_keras, losses)):
         raise ValueError(
             "A model with a DropMaxHead must be compiled with `tf_dropmax.DropMaxLoss()`, because "
             "the head returns scores in training, not logits or probabilities. Received: "
