@@ -100,7 +100,7 @@ TASKS = {
     "digits": ("digits", "small", 2400, 5),
     "banking77-10": ("banking77-10", "hidden", 1000, 5),
     "banking77": ("banking77", "hidden", 3000, 5),
-    "clinc150-10": ("clinc150-10", "hidden", 2000, 5),
+    "clinc150-10": ("clinc150-10", "hidden", 8000, 5),
     "clinc150": ("clinc150", "hidden", 3000, 5),
 }
 
