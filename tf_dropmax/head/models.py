@@ -95,7 +95,7 @@ def check_loss() -> None:
     """Refuses the training of a head without a loss, or by losses that take its scores for logits.
 
     It allows compiled losses of the user's own, and models with their own `train_step` or
-    `compute_loss`.
+    `compute_loss`. A model whose layers add its only loss needs a `compute_loss`.
 
     Raises:
         ValueError: If the model was compiled without a loss or only with losses of Keras, or is a
@@ -118,8 +118,8 @@ def check_loss() -> None:
     if not own_step and all(map(_is_of_keras, losses)):
         raise ValueError(
             "A model with a DropMaxHead must be compiled with `tf_dropmax.DropMaxLoss()`, because "
-            "the head returns scores in training, not logits or probabilities. Received: "
-            f"loss={model.loss!r}"
+            "the head returns scores in training, not logits or probabilities. If a layer adds "
+            f"`DropMaxLoss`, override `compute_loss` of the model. Received: loss={model.loss!r}"
         )
 
 
