@@ -75,10 +75,8 @@ def run(page):
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_the_docs(tmp_path, monkeypatch):
-    """The code on docs/results.md reads the results from the root of the repository."""
+def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
 
 
 def test_readme():
