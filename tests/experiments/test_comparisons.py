@@ -127,6 +127,8 @@ def test_the_summary_counts_tasks_with_clear_differences():
     for each in records:  # Otherwise all differences of the likelihood are alike.
         each["result"]["measures"]["(2)"]["NLL"] += 0.001 * draw.normal()
     expected = {
+        "method": "label",
+        "predicted by": "(2)",
         "tasks": "3",
         "error % better": "1",
         "error % worse": "1",
@@ -136,11 +138,11 @@ def test_the_summary_counts_tasks_with_clear_differences():
         "ECE % worse": "0",
         "time of a step": "1.50",
     }
-    assert cells(reports.summary(records), 0) == {"method": "label", **expected}
-    overview = cells(reports.overview(records), 0)
-    assert overview["task"] == "mnist-1k, released"
-    assert overview["label"].startswith("4.")
-    assert overview["label"].endswith(" / 3.00")
+    assert cells(reports.summary(records), 0) == expected
+    overview = cells(reports.overview(records), 1)
+    assert overview["method"] == "label"
+    assert overview["mnist-1k, released, 9 steps"].startswith("4.")
+    assert overview["mnist-1k, released, 9 steps"].endswith(" / 3.00")
 
 
 def test_curves():

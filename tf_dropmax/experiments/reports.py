@@ -142,13 +142,14 @@ def interval(run: BySeed, base: BySeed, measure: str) -> tuple[float, float, flo
     return mean, mean - half, mean + half
 
 
-def _by_task(records: Sequence[runner.Record]) -> dict[Any, dict[str, BySeed]]:
-    """The measures of the first way to predict, `{task: {method: {seed: measures}}}`."""
-    found: dict[Any, dict[str, BySeed]] = {}
+def _by_task(records: Sequence[runner.Record]) -> dict[Any, dict[tuple[str, str], BySeed]]:
+    """The measures, `{task: {(method, way to predict): {seed: measures}}}`."""
+    found: dict[Any, dict[tuple[str, str], BySeed]] = {}
     for record in records:
-        job, measures = record["job"], next(iter(record["result"]["measures"].values()))
-        of_method = found.setdefault(_task(record), {}).setdefault(job["method"], {})
-        of_method[job["seed"]] = {**measures, "ms": _milliseconds(record)}
+        job, runs = record["job"], found.setdefault(_task(record), {})
+        for row, measures in record["result"]["measures"].items():
+            run = runs.setdefault((job["method"], row), {})
+            run[job["seed"]] = {**measures, "ms": _milliseconds(record)}
     return found
 
 
@@ -159,15 +160,18 @@ def overview(records: Sequence[runner.Record]) -> Table:
         records: Sequence of records of final runs.
 
     Returns:
-        A `rich.table.Table`, means over the seeds.
+        A `rich.table.Table`, means over the seeds, with one row for each way to predict.
     """
-    methods = dict.fromkeys(record["job"]["method"] for record in records)
-    result = Table("task", "steps", *methods, title="error % / NLL / ECE %", box=MARKDOWN)
-    for (column, protocol, iterations), runs in _by_task(records).items():
+    tasks = _by_task(records)
+    names = (f"{column}, {protocol}, {steps} steps" for column, protocol, steps in tasks)
+    title = "error % / NLL / ECE %"
+    result = Table("method", "predicted by", *names, title=title, box=MARKDOWN)
+    for key in dict.fromkeys(key for runs in tasks.values() for key in runs):
         cells = (
-            " / ".join(_mean(runs.get(method, {}), name) for name in MEASURES) for method in methods
+            " / ".join(_mean(runs.get(key, {}), name) for name in MEASURES)
+            for runs in tasks.values()
         )
-        result.add_row(f"{column}, {protocol}", str(iterations), *cells)
+        result.add_row(*key, *cells)
     return result
 
 
@@ -183,25 +187,25 @@ def summary(records: Sequence[runner.Record]) -> Table:
         A `rich.table.Table`. Its last column is the time of a training step: the median over the
         tasks of the ratio to the softmax.
     """
-    counts: dict[str, Counter[str]] = {}
-    times: dict[str, list[float]] = {}
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    times: dict[tuple[str, str], list[float]] = {}
     for runs in _by_task(records).values():
-        base = runs.pop("softmax", {})
-        for method, run in runs.items():
-            count = counts.setdefault(method, Counter())
+        base = runs.pop(("softmax", "(2)"), {})
+        for key, run in runs.items():
+            count = counts.setdefault(key, Counter())
             count["tasks"] += 1
             for measure in MEASURES:
                 _, low, high = interval(run, base, measure)
                 count[f"{measure} better"] += bool(high < 0)
                 count[f"{measure} worse"] += bool(low > 0)
             ratios = [run[seed]["ms"] / base[seed]["ms"] for seed in run if seed in base]
-            times.setdefault(method, []).append(median(ratios or [math.nan]))
+            times.setdefault(key, []).append(median(ratios or [math.nan]))
     columns = ("tasks", *(f"{name} {word}" for name in MEASURES for word in ("better", "worse")))
-    title = "compared with the softmax"
-    result = Table("method", *columns, "time of a step", title=title, box=MARKDOWN)
-    for method, count in counts.items():
+    headers = ("method", "predicted by", *columns, "time of a step")
+    result = Table(*headers, title="compared with the softmax", box=MARKDOWN)
+    for key, count in counts.items():
         numbers = (str(count[name]) for name in columns)
-        result.add_row(method, *numbers, f"{median(times[method]):.2f}")
+        result.add_row(*key, *numbers, f"{median(times[key]):.2f}")
     return result
 
 
