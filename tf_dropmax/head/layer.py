@@ -181,8 +181,9 @@ class DropMaxHead(PredictingLayer):
     def from_dense(cls, dense: keras.layers.Dense, **kwargs: Any) -> DropMaxHead:
         """A built head that starts from a copy of the weights of a trained `Dense` layer.
 
-        The head has the initializers, regularizers, constraints and dtype policy of `dense`, unless
-        you pass others. In mode `"expected"` it predicts what the softmax of `dense` did.
+        Its branch `"classes"` has the initializers, regularizers, constraints and dtype policy of
+        `dense`, unless you pass others. With the default `retain` and in mode `"expected"`, the
+        head predicts what the softmax of `dense` did.
 
         Args:
             dense: A built `keras.layers.Dense` with activation `"linear"` or `"softmax"`, not
@@ -280,11 +281,13 @@ class DropMaxHead(PredictingLayer):
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         # The position in the stream of training masks, from which a resumed training goes on.
-        store["steps"] = self._train_seeds.state.numpy()[1]
+        store["steps"], store["units"] = self._train_seeds.state.numpy()[1], self.units
 
     def load_own_variables(self, store: Any) -> None:
         stored = {key: store[key] for key in store.keys()}  # noqa: SIM118 (it is no mapping)
         steps = stored.pop("steps", None)  # Files that were not written by this layer have none.
+        if int(np.asarray(stored.pop("units", self.units))) != self.units:
+            return  # With `skip_mismatch`, a head with other classes starts anew.
         super().load_own_variables(stored)
         if steps is not None:
             seed = self._train_seeds.state.numpy()[0]

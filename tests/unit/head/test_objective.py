@@ -202,13 +202,18 @@ def test_label_keeps_the_masks_of_many_classes(rng):
     assert head.retain_probabilities(features(x)).numpy().mean() > 0.3
 
 
-def test_a_resumed_training_goes_on_with_the_weight(rng, tmp_path):
+@pytest.mark.filterwarnings("ignore:A total of 2 objects")
+@pytest.mark.parametrize(("units", "steps"), [(4, 2), (5, 0)])
+def test_a_resumed_training_goes_on_with_the_weight(rng, tmp_path, units, steps):
     features = rng.normal(size=(5, 3)).astype("float32")
-    head, resumed = (DropMaxHead(4, entropy_warmup=4, name="head") for _ in range(2))
+    head, resumed = (DropMaxHead(k, entropy_warmup=4, name="head") for k in (4, units))
     models = [keras.Sequential([keras.Input((3,)), each]) for each in (head, resumed)]
+    head.predict_temperature = 2.0
     for _ in range(2):
         head(features, training=True)
     models[0].save_weights(tmp_path / "model.weights.h5")
-    models[1].load_weights(tmp_path / "model.weights.h5")
+    models[1].load_weights(tmp_path / "model.weights.h5", skip_mismatch=True)
     resumed(features, training=True)
-    assert resumed.losses[-1].numpy() == pytest.approx(-0.5 * 4 * np.log(2), rel=1e-5)
+    expected = -steps / 4 * units * np.log(2)
+    assert resumed.losses[-1].numpy() == pytest.approx(expected, rel=1e-5)
+    assert resumed.predict_temperature == (2.0 if steps else 1.0)
