@@ -69,7 +69,7 @@ def convergence(
             )
         axes.set(xlabel="training step", ylabel=measure)
         if positive:
-            _make_logarithmic(axes, "y", (1, 2, 5))
+            _make_logarithmic(axes, "y", (1, 2, 3, 5))
         if all(np.min(curve["step"]) > 0 for curve in curves.values()):
             _make_logarithmic(axes, "x", (1, 3))
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
