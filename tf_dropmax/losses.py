@@ -132,4 +132,6 @@ class DropMaxLoss(LabelLoss):
             "`Dense(units)` use `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`. "
             "After the head, remove a softmax. Received: `y_pred` at a label ="
         )
-        return checked(loss, ~(loss < -_ROUNDING), message, -tf.reduce_min(loss))
+        # NaN passes. TensorFlow's optimizer of graphs would make `>=` of a negated `<`.
+        valid = (loss >= -_ROUNDING) | tf.math.is_nan(loss)
+        return checked(loss, valid, message, -tf.reduce_min(loss))
