@@ -15,12 +15,12 @@ VARIANTS = {
     "random": {"retain_probability": 0.4},
 }
 GLOROT = {"kernel_initializer": "glorot_uniform"}  # of the retain branch, as in the paper
-PAPER_START: dict = {"retain": GLOROT, "entropy_warmup": 0}
+PAPER_START: dict = {"retain": GLOROT, "warmup_steps": 0}
 
 
 def head_with(classes, *branches, **kwargs):
     """A head with given weights: for each branch its kernel, in the order of `head.branches`."""
-    head = DropMaxHead(classes, **{"entropy_warmup": 0, **kwargs})
+    head = DropMaxHead(classes, **{"warmup_steps": 0, **kwargs})
     head.build((None, len(branches[0])))
     for branch, kernel in zip(head.branches.values(), branches, strict=True):
         branch.kernel.assign(kernel)

@@ -120,20 +120,21 @@ def tf_target_log_likelihood(logits, mask_logits):
     return logits - tf.math.log(tf.reduce_sum(kept) - kept + weights)
 
 
-def tf_prior_scores_and_entropy(logits, retain_logits, mask_logits, entropy_weight):
+def tf_prior_scores_and_entropy(logits, retain_logits, mask_logits, entropy_weight, kl_weight):
     entropies = tf_mask_entropy(retain_logits)
     likelihood = tf_target_log_likelihood(logits, mask_logits)
-    scores = likelihood + tf.math.log_sigmoid(retain_logits) - entropy_weight * entropies
+    scores = likelihood + kl_weight * tf.math.log_sigmoid(retain_logits)
+    scores -= entropy_weight * entropies
     return scores, tf.reduce_sum(entropies)
 
 
-def tf_label_scores_and_entropy(logits, retain_logits, auxiliary, mask_logits, auxiliary_weight):
+def tf_label_scores_and_entropy(logits, prior, auxiliary, masks, auxiliary_weight, kl_weight):
     """The posterior gives no gradient to the retain logits of the prior."""
-    rho, q = tf.sigmoid(retain_logits), tf.sigmoid(tf.stop_gradient(retain_logits) + auxiliary)
+    rho, q = tf.sigmoid(prior), tf.sigmoid(tf.stop_gradient(prior) + auxiliary)
     divergences = q * tf.math.log(q / rho) + (1 - q) * tf.math.log((1 - q) / (1 - rho))
     s = tf.sigmoid(auxiliary)
-    others = divergences - auxiliary_weight * tf.math.log(1 - s)
-    target = -tf.math.log(rho) - auxiliary_weight * tf.math.log(s)
-    likelihood = tf_target_log_likelihood(logits, mask_logits)
+    others = kl_weight * divergences - auxiliary_weight * tf.math.log(1 - s)
+    target = -kl_weight * tf.math.log(rho) - auxiliary_weight * tf.math.log(s)
+    likelihood = tf_target_log_likelihood(logits, masks)
     scores = likelihood - (tf.reduce_sum(others) - others + target)
-    return scores, tf.reduce_sum(tf_mask_entropy(retain_logits))
+    return scores, tf.reduce_sum(tf_mask_entropy(prior))

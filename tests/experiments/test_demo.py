@@ -30,7 +30,7 @@ def test_bad_options(arguments, capsys):
 def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     output = tmp_path / "results"
-    assert main(["demo", "--seeds", "2", "--epochs", "6", "--output", str(output)]) == 0
+    assert main(["demo", "--seeds", "2", "--epochs", "12", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     numbers = json.loads((output / "results.json").read_text())["results"]
     modes = ("expected", "sampled", "exact", "softmax")

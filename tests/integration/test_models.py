@@ -78,7 +78,7 @@ def test_weights_multiply_the_loss_and_not_the_entropy_term(blobs):
         {"class_weight": dict.fromkeys(range(4), 3.0)},
     ]
     entropy_term, once, *thrice = (
-        one_layer(entropy_warmup=0).train_on_batch(x, y, **each) for each in settings
+        one_layer(warmup_steps=0).train_on_batch(x, y, **each) for each in settings
     )
     assert entropy_term == pytest.approx(-4 * np.log(2), rel=1e-5)
     expected = entropy_term + 3 * (once - entropy_term)

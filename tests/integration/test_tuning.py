@@ -198,7 +198,7 @@ def test_the_objective_does_not_contain_the_entropy_weight(tmp_path, blobs):
     x, y = blobs
     space = HyperParameters()
     space.Choice("entropy_weight", [0.1, 1.0, 10.0])  # Instead of the range.
-    hypermodel = Quick(features, 4, optimizer=still, seed=0, entropy_warmup=0)
+    hypermodel = Quick(features, 4, optimizer=still, seed=0, warmup_steps=0)
     options = {"hyperparameters": space, "directory": tmp_path}
     tuner = keras_tuner.GridSearch(hypermodel, hypermodel.objective, **options)
     tuner.search(x, y, validation_data=(x, y), shuffle=False, verbose=0)

@@ -66,30 +66,15 @@ class PartialPrior(Variant):
         masks = retain_logits = step.branch("retain")
         if self.masks:
             masks = functional.relaxed_mask_logits(masks, step.uniform(), step.temperature)
-        scores, entropy = functional.prior_scores_and_entropy(
-            step.logits, retain_logits, masks, step.entropy_weight
-        )
-        return scores if self.kl else scores - tf.math.log_sigmoid(retain_logits), entropy
+        weights = step.entropy_weight, step.kl_weight * float(self.kl)
+        return functional.prior_scores_and_entropy(step.logits, retain_logits, masks, *weights)
 
 
 class LabelWithoutDivergence(Label):
     """The objective of the label posterior without the KL divergences."""
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
-        scores, entropy = super().scores_and_entropy(step)
-        return scores + self._divergences(step), entropy
-
-    def _divergences(self, step):
-        """The KL divergences in the score of each class, as if that class were the target."""
-        prior = step.branch("retain")
-        posterior = functional.posterior_logits(prior, step.branch("auxiliary"))
-        # `posterior_logits` holds the prior fixed, but the divergence has a gradient by it.
-        posterior += prior - tf.stop_gradient(prior)
-        keep, log_posterior = tf.sigmoid(posterior), tf.math.log_sigmoid(posterior)
-        log_prior = tf.math.log_sigmoid(prior)
-        each = keep * (log_posterior - log_prior)
-        each += (1 - keep) * (log_posterior - posterior - log_prior + prior)
-        return tf.reduce_sum(each, axis=-1, keepdims=True) - each - log_prior
+        return super().scores_and_entropy(step._replace(kl_weight=0 * step.kl_weight))
 
 
 class EntropyBesideSoftmax(Variant):

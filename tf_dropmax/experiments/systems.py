@@ -73,7 +73,7 @@ def _softmax(classes, seed, l2, make_loss=_cross_entropy, **settings):
 
 
 # The start of the retain and the auxiliary branch in the paper and in the authors' code.
-_PAPER_START = {"retain": {"kernel_initializer": "glorot_uniform"}, "entropy_warmup": 0}
+_PAPER_START = {"retain": {"kernel_initializer": "glorot_uniform"}, "warmup_steps": 0}
 
 
 def _dropmax(classes, seed, l2, head_class=DropMaxHead, paper_start=False, **settings):

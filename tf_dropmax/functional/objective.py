@@ -129,20 +129,23 @@ def prior_scores_and_entropy(
     retain_logits: Any,
     mask_logits: Any,
     entropy_weight: float | tf.Tensor = 1.0,
+    kl_weight: float | tf.Tensor = 1.0,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Both parts of the objective (15), with masks from the prior (9).
 
-    The score is `score_k = log rho_k + o_k - log D_k - entropy_weight * H(rho_k)`; see
-    `target_log_likelihood` for `D_k`. For a target y, the loss, which is the objective (15) with
-    the opposite sign, is exactly `-score_y - entropy_weight * sum_t H(rho_t)`. This is the sum of
-    the cross entropy with the mask of the target at 1, the KL divergence (10), and the entropy
-    regulariser (14) over the other classes.
+    The score is `score_k = kl_weight * log rho_k + o_k - log D_k - entropy_weight * H(rho_k)`; see
+    `target_log_likelihood` for `D_k`. For a target y and a `kl_weight` of 1, the loss, which is the
+    objective (15) with the opposite sign, is exactly `-score_y - entropy_weight * sum_t H(rho_t)`.
+    This is the sum of the cross entropy with the mask of the target at 1, the KL divergence (10),
+    and the entropy regulariser (14) over the other classes.
 
     Args:
         logits: Float tensor, shape `(..., T)`.
         retain_logits: Float tensor, shape `(..., T)`.
         mask_logits: Float tensor, shape `(..., T)`, from `relaxed_mask_logits`.
         entropy_weight: Non-negative float or scalar tensor, the paper's lambda. It gets no
+            gradient. Defaults to 1.0.
+        kl_weight: Non-negative float or scalar tensor, the weight of the KL divergence. It gets no
             gradient. Defaults to 1.0.
 
     Returns:
@@ -157,27 +160,26 @@ def prior_scores_and_entropy(
     1.3863
     """
     arguments = broadcast(*(to_float(x) for x in (logits, retain_logits, mask_logits)))
-    weight = scalar(entropy_weight, arguments[0].dtype)
-    return _prior(*arguments, weight)
+    weights = (scalar(weight, arguments[0].dtype) for weight in (entropy_weight, kl_weight))
+    return _prior(*arguments, *weights)
 
 
 @traced_once
-def _prior(logits, retain_logits, mask_logits, weight):
+def _prior(logits, retain_logits, mask_logits, entropy_weight, kl_weight):
     log_likelihood, likelihood_gradient = _likelihood(logits, mask_logits)
-    # Plus `retain.log_larger` this is log rho_k + o_k - log D_k.
-    linear = log_likelihood + tf.minimum(retain_logits, 0)
-    retain = _Mask.of(*_after([linear], retain_logits))
+    retain = _Mask.of(*_after([log_likelihood], retain_logits))
+    log_retain = tf.minimum(retain_logits, 0) + retain.log_larger
     entropy = tf.reduce_sum(retain.entropy, axis=-1)
     (delayed,) = _after([entropy], retain.entropy)
-    scores = linear + retain.log_larger - weight * delayed
+    scores = log_likelihood + kl_weight * log_retain - entropy_weight * delayed
 
     def gradient(by_scores, by_entropy):
         by_logits, by_masks = likelihood_gradient(by_scores)
         delayed, by_scores = _after([by_logits, by_masks], retain_logits, by_scores)
         drop = tf.sigmoid(minus(delayed))
-        by_entropies = by_entropy[..., tf.newaxis] - weight * by_scores
-        by_retain = by_scores * drop - by_entropies * _scaled_slope(retain_logits, drop)
-        return by_logits, by_retain, by_masks, None
+        by_entropies = by_entropy[..., tf.newaxis] - entropy_weight * by_scores
+        by_retain = kl_weight * by_scores * drop - by_entropies * _scaled_slope(retain_logits, drop)
+        return by_logits, by_retain, by_masks, None, None
 
     return (scores, entropy), gradient
 
@@ -207,13 +209,14 @@ def label_scores_and_entropy(
     auxiliary_logits: Any,
     mask_logits: Any,
     auxiliary_weight: float | tf.Tensor = 1.0,
+    kl_weight: float | tf.Tensor = 1.0,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Both parts of the objective with masks from the label posterior (NeurIPS 2018).
 
     For a target y, minus the score is the sum of three terms. In the cross entropy, the mask of the
     target is 1, and the other masks come from the posterior. The KL divergence of the posterior
-    from the prior is `-log rho_y` for the target and `KL(q_t || rho_t)`, of two Bernoulli
-    variables, for the others. The loss of the auxiliary classifier `s`, times
+    from the prior, times `kl_weight`, is `-log rho_y` for the target and `KL(q_t || rho_t)`, of two
+    Bernoulli variables, for the others. The loss of the auxiliary classifier `s`, times
     `auxiliary_weight`, is `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is a sum
     over all classes. It uses the retain probabilities of the prior, and does not depend on the
     label, so it is not part of the score.
@@ -226,6 +229,7 @@ def label_scores_and_entropy(
             `posterior_logits`.
         auxiliary_weight: Non-negative float or scalar tensor. The paper uses 1.0. It gets no
             gradient. Defaults to 1.0.
+        kl_weight: As for `prior_scores_and_entropy`. Defaults to 1.0.
 
     Returns:
         Tuple `(scores, entropy)`. The scores have shape `(..., T)` and are not normalised. The
@@ -242,12 +246,12 @@ def label_scores_and_entropy(
     """
     tensors = (logits, retain_logits, auxiliary_logits, mask_logits)
     arguments = broadcast(*(to_float(x) for x in tensors))
-    weight = scalar(auxiliary_weight, arguments[0].dtype)
-    return _label(*arguments, weight)
+    weights = (scalar(weight, arguments[0].dtype) for weight in (auxiliary_weight, kl_weight))
+    return _label(*arguments, *weights)
 
 
 @traced_once
-def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
+def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight, kl_weight):
     r, a = retain_logits, auxiliary_logits
     log_likelihood, likelihood_gradient = _likelihood(logits, mask_logits)
     retain, posterior = _Mask.of(r), _Mask.of(r + a)
@@ -260,9 +264,9 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
     # The target has `log rho` and `weight * log s` where the other classes have minus their
     # divergence and `weight * log(1 - s)`. The difference of the last two is `weight * a`.
     log_retain = tf.minimum(r, 0) + retain.log_larger
-    target = log_likelihood + log_retain + divergence + weight * a
+    target = log_likelihood + kl_weight * (log_retain + divergence) + weight * a
     log_not = _Mask.of(a).log_larger - tf.maximum(a, 0)
-    scores = target + tf.reduce_sum(weight * log_not - divergence, axis=-1, keepdims=True)
+    others = tf.reduce_sum(weight * log_not - kl_weight * divergence, axis=-1, keepdims=True)
 
     def gradient(by_scores, by_entropy):
         by_logits, by_masks = likelihood_gradient(by_scores)
@@ -270,14 +274,14 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight):
         shift = a + (tf.stop_gradient(r) - r)
         retain_drop, drop = (tf.sigmoid(minus(x)) for x in (r, r + shift))
         total = tf.reduce_sum(by_scores, axis=-1, keepdims=True)
-        by_divergence = by_scores - total
-        by_retain = by_divergence * drop + total * retain_drop
+        by_divergence = kl_weight * (by_scores - total)
+        by_retain = by_divergence * drop + (kl_weight * total) * retain_drop
         by_retain -= by_entropy[..., tf.newaxis] * _scaled_slope(r, retain_drop)
         by_auxiliary = weight * by_scores - (weight * total) * tf.sigmoid(a)
         by_auxiliary += by_divergence * _scaled_slope(shift, drop)
-        return by_logits, by_retain, by_auxiliary, by_masks, None
+        return by_logits, by_retain, by_auxiliary, by_masks, None, None
 
-    return (scores, tf.reduce_sum(retain.entropy, axis=-1)), gradient
+    return (target + others, tf.reduce_sum(retain.entropy, axis=-1)), gradient
 
 
 def _after(first, *tensors):

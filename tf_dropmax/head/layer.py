@@ -68,11 +68,10 @@ class DropMaxHead(PredictingLayer):
             regulariser (14). Larger values push retain probabilities towards 1/2. The regulariser
             is a sum over classes. With many classes, a weight of 1 can prevent a network from
             learning. `None` is `min(1, 30 / units)`. Defaults to `None`.
-        entropy_warmup: `None` or float in [0, 1e6], number of training steps (more exactly: calls
-            in training) in which the weight of the regulariser rises from 0 to `entropy_weight`. It
-            lets the retain branch grow first. With `posterior="label"` and many classes, it can
-            make all masks drop every class. 0 is as in the paper. `None` is 0 with
-            `posterior="label"`, and 100 otherwise. Defaults to `None`.
+        warmup_steps: `None` or float in [0, 1e6], number of training steps (more exactly: calls in
+            training) in which the weights of the KL divergence and of the regulariser rise from 0
+            to 1 and to `entropy_weight`. The features then learn from the labels first. 0 is as in
+            the paper. `None` is 0 with `posterior="label"`, and 100 otherwise. Defaults to `None`.
         retain_probability: `None` or float in (0, 1). `None` is adaptive DropMax, which learns the
             retain probability as a function of the features. A float is random DropMax: hard masks
             keep each class with this probability, and always keep the target. Random DropMax has no
@@ -94,7 +93,7 @@ class DropMaxHead(PredictingLayer):
             and the auxiliary classifier, such as `{"kernel_regularizer": "l2"}`. They have the
             `use_bias` and the dtype policy of the logits unless you give others. Their kernels
             start at zero, so that the features learn from the logits first. The paper's start
-            is `{"kernel_initializer": "glorot_uniform"}` with `entropy_warmup=0`. Defaults to
+            is `{"kernel_initializer": "glorot_uniform"}` with `warmup_steps=0`. Defaults to
             `None`.
         seed: `None` or int. Seeds the masks, and the initializers of this layer that have no seed
             of their own. With `None`, every layer gets a new seed. Defaults to `None`.
@@ -129,8 +128,8 @@ class DropMaxHead(PredictingLayer):
     entropy_weight = TrainingSetting(
         check_weight, "Weight of the entropy regulariser (14), the paper's lambda, a float."
     )
-    entropy_warmup = TrainingSetting(
-        check_weight, "Training steps in which the weight of the regulariser rises, a float."
+    warmup_steps = TrainingSetting(
+        check_weight, "Training steps in which the weights of two terms rise, a float."
     )
     temperature = TrainingSetting(
         check_temperature, "Temperature of the relaxed masks (6), a float."
@@ -145,7 +144,7 @@ class DropMaxHead(PredictingLayer):
         *,
         posterior: str = "prior",
         entropy_weight: float | None = None,
-        entropy_warmup: float | None = None,
+        warmup_steps: float | None = None,
         retain_probability: float | None = None,
         stochastic: bool = True,
         temperature: float = 0.1,
@@ -168,7 +167,7 @@ class DropMaxHead(PredictingLayer):
         self.variant, self.posterior = variant, posterior
         self.retain_probability, self.stochastic = retain_probability, bool(stochastic)
         self.temperature = temperature
-        self.entropy_warmup = variant.entropy_warmup if entropy_warmup is None else entropy_warmup
+        self.warmup_steps = variant.warmup_steps if warmup_steps is None else warmup_steps
         scale = class_scale(units)
         self.entropy_weight = scale if entropy_weight is None else entropy_weight
         self.auxiliary_weight = 0.1 * scale if auxiliary_weight is None else auxiliary_weight
@@ -268,9 +267,10 @@ class DropMaxHead(PredictingLayer):
             name: getattr(DropMaxHead, name).tensor(self, logits.dtype)
             for name in ("entropy_weight", "temperature", "auxiliary_weight")
         }
-        warmup = DropMaxHead.entropy_warmup.tensor(self, logits.dtype)
+        warmup = DropMaxHead.warmup_steps.tensor(self, logits.dtype)
         ahead = tf.maximum(warmup - tf.cast(seed[1], logits.dtype), 0)
-        settings["entropy_weight"] *= 1 - tf.math.divide_no_nan(ahead, warmup)
+        settings["kl_weight"] = 1 - tf.math.divide_no_nan(ahead, warmup)
+        settings["entropy_weight"] *= settings["kl_weight"]
         step = TrainingStep(logits, lambda name: self.branch(name, features), uniform, **settings)
         scores, entropy = self.variant.scores_and_entropy(step)
         if entropy is not None:
@@ -297,7 +297,7 @@ class DropMaxHead(PredictingLayer):
         names = (
             "posterior",
             "entropy_weight",
-            "entropy_warmup",
+            "warmup_steps",
             "retain_probability",
             "stochastic",
             "temperature",

@@ -26,7 +26,7 @@ class TrainingStep(NamedTuple):
         logits: Tensor, shape `(..., T)`.
         branch: Function from the name of a branch to its logits, shape `(..., T)`.
         uniform: Function without arguments that draws a tensor of the shape of the logits.
-        entropy_weight, temperature, auxiliary_weight: Scalar tensors.
+        entropy_weight, temperature, auxiliary_weight, kl_weight: Scalar tensors.
     """
 
     logits: tf.Tensor
@@ -35,6 +35,7 @@ class TrainingStep(NamedTuple):
     entropy_weight: tf.Tensor
     temperature: tf.Tensor
     auxiliary_weight: tf.Tensor
+    kl_weight: tf.Tensor
 
 
 class Variant:
@@ -42,11 +43,11 @@ class Variant:
 
     Attributes:
         branches: The names of the linear branches that it needs besides the logits.
-        entropy_warmup: The default of the argument of the head.
+        warmup_steps: The default of the argument of the head.
     """
 
     branches: tuple[str, ...] = ()
-    entropy_warmup = 100
+    warmup_steps = 100
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor | None]:
         """The scores and the sum of the mask entropies.
@@ -77,7 +78,7 @@ class Prior(Variant):
         retain_logits = step.branch("retain")
         masks = functional.relaxed_mask_logits(retain_logits, step.uniform(), step.temperature)
         return functional.prior_scores_and_entropy(
-            step.logits, retain_logits, masks, step.entropy_weight
+            step.logits, retain_logits, masks, step.entropy_weight, step.kl_weight
         )
 
 
@@ -101,19 +102,18 @@ class Label(Variant):
     """
 
     branches = ("retain", "auxiliary")
-    entropy_warmup = 0  # Without the entropy term, the masks of many classes drop every class.
+    warmup_steps = 0  # Without KL divergence, the masks of many classes drop every class.
 
     def __init__(self, stochastic: bool):
         self.stochastic = stochastic
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
-        retain_logits, auxiliary_logits = step.branch("retain"), step.branch("auxiliary")
-        masks = functional.posterior_logits(retain_logits, auxiliary_logits)
+        branches = step.logits, step.branch("retain"), step.branch("auxiliary")
+        masks = functional.posterior_logits(*branches[1:])
         if self.stochastic:
             masks = functional.relaxed_mask_logits(masks, step.uniform(), step.temperature)
-        return functional.label_scores_and_entropy(
-            step.logits, retain_logits, auxiliary_logits, masks, step.auxiliary_weight
-        )
+        weights = step.auxiliary_weight, step.kl_weight
+        return functional.label_scores_and_entropy(*branches, masks, *weights)
 
 
 def variant_of(retain_probability: float | None, stochastic: bool, posterior: str) -> Variant:

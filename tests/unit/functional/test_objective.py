@@ -16,15 +16,15 @@ def point(rng):
 WEIGHTS = np.linspace(-1, 2, 6)
 SCORES = {
     "prior": (
-        lambda o, r, x, a: functional.prior_scores_and_entropy(o, r, x, 0.3),
-        lambda o, r, x, a: oracles.tf_prior_scores_and_entropy(o, r, x, 0.3),
+        lambda o, r, x, a: functional.prior_scores_and_entropy(o, r, x, 0.3, 0.6),
+        lambda o, r, x, a: oracles.tf_prior_scores_and_entropy(o, r, x, 0.3, 0.6),
     ),
     "label, with masks that depend on the branches": (
         lambda o, r, x, a: functional.label_scores_and_entropy(
-            o, r, a, functional.posterior_logits(r, a) + x, 0.3
+            o, r, a, functional.posterior_logits(r, a) + x, 0.3, 0.6
         ),
         lambda o, r, x, a: oracles.tf_label_scores_and_entropy(
-            o, r, a, tf.stop_gradient(r) + a + x, 0.3
+            o, r, a, tf.stop_gradient(r) + a + x, 0.3, 0.6
         ),
     ),
     "likelihood": (

@@ -68,7 +68,7 @@ def test_arguments_of_dense_reach_the_branches():
         *({"retain_probability": v} for v in (0, 1, 0.0, 1.0, -0.1, 1.5, np.nan, "0.5", True)),
         *({"temperature": value} for value in (0, 1e-7, -0.1, np.nan, np.inf, "0.1", None)),
         *({"entropy_weight": value} for value in (-1e-9, 1e8, np.nan, np.inf, "1", [1.0])),
-        *({"entropy_warmup": value} for value in (-1, 1e8, "soon")),
+        *({"warmup_steps": value} for value in (-1, 1e8, "soon")),
         *({"predict_mode": value} for value in ("mean", None, 0)),
         *({"predict_samples": value} for value in (0, -1, 1.5, None)),
         *({"seed": value} for value in (1.5, "1", True)),

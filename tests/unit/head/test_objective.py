@@ -170,32 +170,31 @@ def test_entropy_term_value_and_mask(rng):
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "random"])
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_the_entropy_weight_rises_in_the_first_steps(rng, variant, jit_compile):
-    features = tf.constant(rng.normal(size=(5, 3)), tf.float32)
-    head = DropMaxHead(4, entropy_weight=2.0, entropy_warmup=4, **VARIANTS[variant])
+def test_the_weights_rise_in_the_first_steps(variant, jit_compile):
+    # All masks are 1/2, and all logits 0.
+    start = {"kernel_initializer": "zeros", "temperature": 1e6, "auxiliary_weight": 0.0}
+    head = DropMaxHead(4, entropy_weight=2.0, **start, **VARIANTS[variant])
 
     @tf.function(jit_compile=jit_compile)
-    def term():
-        head(features, training=True)
-        return head.losses[-1]
+    def step():
+        return head(tf.ones((5, 3)), training=True)[0, 0], head.losses[-1]
 
-    # Every mask has the entropy log 2, because the retain branch starts at zero.
-    risen = [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-    found = [term().numpy() for _ in risen]
-    np.testing.assert_allclose(found, [-2 * w * 4 * np.log(2) for w in risen], rtol=1e-5)
-    head.entropy_warmup = 10
-    assert term().numpy() == pytest.approx(-2 * 0.6 * 4 * np.log(2), rel=1e-5)
+    for weight, head.warmup_steps in [(0, 4), (0.25, 4), (0.5, 4), (0.75, 4), (1, 4), (0.5, 10)]:
+        # The KL divergence is log 2, and so is the entropy of each mask.
+        score = -np.log(4) if variant == "attention" else -np.log(2.5) - weight * np.log(2)
+        score -= 0 if "label" in variant else 2 * weight * np.log(2)
+        np.testing.assert_allclose(step(), [score, -2 * weight * 4 * np.log(2)], atol=2e-6)
 
 
 def test_label_keeps_the_masks_of_many_classes(rng):
-    """With a warm-up, the mean retain probability falls to 0.02."""
+    """With a warm-up, the mean retain probability falls to 0.001."""
     labels = np.arange(1000) % 200
     x = (rng.uniform(size=(200, 200))[labels] + 0.3 * rng.normal(size=(1000, 200))).astype(
         "float32"
     )
     features = keras.Sequential([keras.Input((200,)), keras.layers.Dense(500, "relu")])
     head = DropMaxHead(200, posterior="label", seed=0)
-    assert (head.entropy_warmup, DropMaxHead(200).entropy_warmup) == (0, 100)
+    assert (head.warmup_steps, DropMaxHead(200).warmup_steps) == (0, 100)
     model = keras.Sequential([features, head])
     model.compile(keras.optimizers.Adam(1e-3), DropMaxLoss())
     model.fit(x, labels, batch_size=100, epochs=3, verbose=0)
@@ -206,7 +205,7 @@ def test_label_keeps_the_masks_of_many_classes(rng):
 @pytest.mark.parametrize(("units", "steps"), [(4, 2), (5, 0)])
 def test_a_resumed_training_goes_on_with_the_weight(rng, tmp_path, units, steps):
     features = rng.normal(size=(5, 3)).astype("float32")
-    head, resumed = (DropMaxHead(k, entropy_warmup=4, name="head") for k in (4, units))
+    head, resumed = (DropMaxHead(k, warmup_steps=4, name="head") for k in (4, units))
     models = [keras.Sequential([keras.Input((3,)), each]) for each in (head, resumed)]
     head.predict_temperature = 2.0
     for _ in range(2):
