@@ -84,11 +84,8 @@ def test_ablated_label_posterior(rng):
     assert np.abs(scores[True, True] - scores[False, True]).max() > 0.01
 
     def divergences(retain_kernel, auxiliary_kernel):
-        prior = features @ retain_kernel
-        rho, q = (
-            tf.sigmoid(prior),
-            tf.sigmoid(tf.stop_gradient(prior) + features @ auxiliary_kernel),
-        )
+        prior, shift = features @ retain_kernel, features @ auxiliary_kernel
+        rho, q = tf.sigmoid(prior), tf.sigmoid(tf.stop_gradient(prior) + shift)
         each = q * tf.math.log(q / rho) + (1 - q) * tf.math.log((1 - q) / (1 - rho))
         others = tf.reduce_sum(each, axis=-1, keepdims=True) - each
         return others - tf.math.log(rho)
