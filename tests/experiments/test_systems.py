@@ -101,16 +101,11 @@ def test_ablated_label_posterior(rng):
     by_weights = zip(gradients[False, False], gradients[False, True], strict=True)
     for (without, whole), exact in zip(by_weights, tape.gradient(total, weights), strict=True):
         np.testing.assert_allclose(without - whole, exact, atol=1e-5)
-    for part in ("no-kl", "no-masks", "no-entropy", "no-auxiliary"):
-        options = ABLATIONS[f"label-{part}"].options[0]
-        head, _ = ABLATIONS[f"label-{part}"].build(4, 1, 0.0, **options)
-        switched_off = {
-            "no-kl": not head.kl,
-            "no-masks": not head.masks,
-            "no-entropy": head.entropy_weight == 0,
-            "no-auxiliary": head.auxiliary_weight == 0,
-        }
-        assert [name for name, off in switched_off.items() if off] == [part]
+    parts = ("kl", "masks", "entropy_weight", "auxiliary_weight")
+    for part in parts:
+        ablation = ABLATIONS[f"label-no-{part.removesuffix('_weight')}"]
+        head, _ = ablation.build(4, 1, 0.0, **ablation.options[0])
+        assert [name for name in parts if not getattr(head, name)] == [part]
 
 
 def test_weights_of_sums_over_classes_scale_like_the_defaults_of_the_head():

@@ -46,7 +46,7 @@ class AblatedHead(DropMaxHead):
         if self.beside_softmax:
             return EntropyBesideSoftmax()
         if posterior == "label":
-            return (Label if self.kl else LabelWithoutDivergence)(stochastic=self.masks)
+            return PartialLabel(self.masks, self.kl)
         return PartialPrior(self.masks, self.kl)
 
 
@@ -70,11 +70,20 @@ class PartialPrior(Variant):
         return functional.prior_scores_and_entropy(step.logits, retain_logits, masks, *weights)
 
 
-class LabelWithoutDivergence(Label):
-    """The objective of the label posterior without the KL divergences."""
+class PartialLabel(Label):
+    """The objective of the label posterior with or without drawn masks and the KL divergence.
+
+    Args:
+        masks, kl: As for `AblatedHead`.
+    """
+
+    def __init__(self, masks: bool, kl: bool):
+        super().__init__(stochastic=masks)
+        self.kl = kl
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
-        return super().scores_and_entropy(step._replace(kl_weight=0 * step.kl_weight))
+        step = step._replace(kl_weight=step.kl_weight * float(self.kl))
+        return super().scores_and_entropy(step)
 
 
 class EntropyBesideSoftmax(Variant):

@@ -214,10 +214,11 @@ def label_scores_and_entropy(
     """Both parts of the objective with masks from the label posterior (NeurIPS 2018).
 
     For a target y, minus the score is the sum of three terms. In the cross entropy, the mask of the
-    target is 1, and the other masks come from the posterior. The KL divergence of the posterior
-    from the prior, times `kl_weight`, is `-log rho_y` for the target and `KL(q_t || rho_t)`, of two
-    Bernoulli variables, for the others. The loss of the auxiliary classifier `s`, times
-    `auxiliary_weight`, is `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is a sum
+    target is 1, and the other masks come from the posterior. The second term is `kl_weight` times
+    the KL divergence of the posterior from the prior. The divergence is `-log rho_y` for the target
+    plus `KL(q_t || rho_t)`, of two Bernoulli variables, for the others. The third is
+    `auxiliary_weight` times the loss of the auxiliary classifier `s`, which is
+    `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is a sum
     over all classes. It uses the retain probabilities of the prior, and does not depend on the
     label, so it is not part of the score.
 
@@ -229,7 +230,8 @@ def label_scores_and_entropy(
             `posterior_logits`.
         auxiliary_weight: Non-negative float or scalar tensor. The paper uses 1.0. It gets no
             gradient. Defaults to 1.0.
-        kl_weight: As for `prior_scores_and_entropy`. Defaults to 1.0.
+        kl_weight: Non-negative float or scalar tensor, the weight of the KL divergence. It gets no
+            gradient. Defaults to 1.0.
 
     Returns:
         Tuple `(scores, entropy)`. The scores have shape `(..., T)` and are not normalised. The
@@ -261,8 +263,8 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight, kl_weig
     same_side = r * (r + a) >= 0
     unlikely = tf.where(same_side, posterior.smaller, 1 - posterior.smaller)
     divergence = retain.magnitude * unlikely - retain.log_larger - posterior.entropy
-    # The target has `log rho` and `weight * log s` where the other classes have minus their
-    # divergence and `weight * log(1 - s)`. The difference of the last two is `weight * a`.
+    # The target has `log rho` and `log s` where the other classes have minus their divergence and
+    # `log(1 - s)`. The difference of the last two is `a`.
     log_retain = tf.minimum(r, 0) + retain.log_larger
     target = log_likelihood + kl_weight * (log_retain + divergence) + weight * a
     log_not = _Mask.of(a).log_larger - tf.maximum(a, 0)

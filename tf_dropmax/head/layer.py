@@ -42,8 +42,8 @@ class DropMaxHead(PredictingLayer):
     `rho`. The target is always kept. The layer gets no labels. It returns one score per class,
     computed as if that class were the label. Scores are not log-probabilities. `DropMaxLoss` picks
     the score of the label. The layer adds the entropy term `-entropy_weight * mean(sum_t H(rho_t))`
-    by `add_loss`. The sum of both is the objective (15) with the opposite sign. The entropy term is
-    negative, so a negative training loss is normal.
+    by `add_loss`. After the warm-up, the sum of both is the objective (15) with the opposite sign.
+    The entropy term is negative, so a negative training loss is normal.
 
     At inference the layer returns log-probabilities: their `exp` sums to 1. None of them is 0,
     because some Keras metrics skip entries that are 0. The output is float64 under the dtype policy
@@ -69,9 +69,11 @@ class DropMaxHead(PredictingLayer):
             is a sum over classes. With many classes, a weight of 1 can prevent a network from
             learning. `None` is `min(1, 30 / units)`. Defaults to `None`.
         warmup_steps: `None` or float in [0, 1e6], number of training steps (more exactly: calls in
-            training) in which the weights of the KL divergence and of the regulariser rise from 0
-            to 1 and to `entropy_weight`. The features then learn from the labels first. 0 is as in
-            the paper. `None` is 0 with `posterior="label"`, and 100 otherwise. Defaults to `None`.
+            training) in which two weights rise from 0: that of the KL divergence to 1, and that of
+            the regulariser to `entropy_weight`. The head then learns from the cross entropy first.
+            With `posterior="label"` and many classes, a warm-up makes all masks drop every class.
+            0 is as in the paper. `None` is 0 with `posterior="label"`, and 100 otherwise. Defaults
+            to `None`.
         retain_probability: `None` or float in (0, 1). `None` is adaptive DropMax, which learns the
             retain probability as a function of the features. A float is random DropMax: hard masks
             keep each class with this probability, and always keep the target. Random DropMax has no
@@ -129,7 +131,8 @@ class DropMaxHead(PredictingLayer):
         check_weight, "Weight of the entropy regulariser (14), the paper's lambda, a float."
     )
     warmup_steps = TrainingSetting(
-        check_weight, "Training steps in which the weights of two terms rise, a float."
+        check_weight,
+        "Training steps in which the weights of KL divergence and regulariser rise, a float.",
     )
     temperature = TrainingSetting(
         check_temperature, "Temperature of the relaxed masks (6), a float."

@@ -77,9 +77,8 @@ class Prior(Variant):
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
         retain_logits = step.branch("retain")
         masks = functional.relaxed_mask_logits(retain_logits, step.uniform(), step.temperature)
-        return functional.prior_scores_and_entropy(
-            step.logits, retain_logits, masks, step.entropy_weight, step.kl_weight
-        )
+        weights = step.entropy_weight, step.kl_weight
+        return functional.prior_scores_and_entropy(step.logits, retain_logits, masks, *weights)
 
 
 class Attention(Variant):
@@ -102,18 +101,18 @@ class Label(Variant):
     """
 
     branches = ("retain", "auxiliary")
-    warmup_steps = 0  # Without KL divergence, the masks of many classes drop every class.
+    warmup_steps = 0  # Else the masks of many classes drop every class in the first steps.
 
     def __init__(self, stochastic: bool):
         self.stochastic = stochastic
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
-        branches = step.logits, step.branch("retain"), step.branch("auxiliary")
-        masks = functional.posterior_logits(*branches[1:])
+        retain, auxiliary = step.branch("retain"), step.branch("auxiliary")
+        masks = functional.posterior_logits(retain, auxiliary)
         if self.stochastic:
             masks = functional.relaxed_mask_logits(masks, step.uniform(), step.temperature)
         weights = step.auxiliary_weight, step.kl_weight
-        return functional.label_scores_and_entropy(*branches, masks, *weights)
+        return functional.label_scores_and_entropy(step.logits, retain, auxiliary, masks, *weights)
 
 
 def variant_of(retain_probability: float | None, stochastic: bool, posterior: str) -> Variant:

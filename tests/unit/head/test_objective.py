@@ -171,19 +171,23 @@ def test_entropy_term_value_and_mask(rng):
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "random"])
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_the_weights_rise_in_the_first_steps(variant, jit_compile):
-    # All masks are 1/2, and all logits 0.
-    start = {"kernel_initializer": "zeros", "temperature": 1e6, "auxiliary_weight": 0.0}
-    head = DropMaxHead(4, entropy_weight=2.0, **start, **VARIANTS[variant])
+    # The retain and the auxiliary logits are 1, the other logits 0, and drawn masks 1/2.
+    start = {"kernel_initializer": "zeros", "retain": {"bias_initializer": "ones"}}
+    weights = {"entropy_weight": 2.0, "auxiliary_weight": 0.0, "temperature": 1e6}
+    head = DropMaxHead(4, **start, **weights, **VARIANTS[variant])
 
     @tf.function(jit_compile=jit_compile)
     def step():
         return head(tf.ones((5, 3)), training=True)[0, 0], head.losses[-1]
 
-    for weight, head.warmup_steps in [(0, 4), (0.25, 4), (0.5, 4), (0.75, 4), (1, 4), (0.5, 10)]:
-        # The KL divergence is log 2, and so is the entropy of each mask.
-        score = -np.log(4) if variant == "attention" else -np.log(2.5) - weight * np.log(2)
-        score -= 0 if "label" in variant else 2 * weight * np.log(2)
-        np.testing.assert_allclose(step(), [score, -2 * weight * 4 * np.log(2)], atol=2e-6)
+    rho, q = oracles.sigmoid([1, 2])
+    entropy, others = (stats.entropy([p, 1 - p], x) for p, x in [(rho, None), (q, [rho, 1 - rho])])
+    kl = (variant != "attention") * -np.log(rho) + ("label" in variant) * 3 * others
+    likelihood = -np.log(1 + 3 * {"attention": 1, "label-means": q}.get(variant, 0.5))
+    for weight, steps in [(0, 4), (0.25, 4), (0.5, 4), (0.75, 4), (1, 4), (0.5, 10)]:
+        head.warmup_steps = steps
+        score = likelihood - weight * kl - ("label" not in variant) * 2 * weight * entropy
+        np.testing.assert_allclose(step(), [score, -2 * weight * 4 * entropy], atol=2e-6)
 
 
 def test_label_keeps_the_masks_of_many_classes(rng):
@@ -203,7 +207,7 @@ def test_label_keeps_the_masks_of_many_classes(rng):
 
 @pytest.mark.filterwarnings("ignore:A total of 2 objects")
 @pytest.mark.parametrize(("units", "steps"), [(4, 2), (5, 0)])
-def test_a_resumed_training_goes_on_with_the_weight(rng, tmp_path, units, steps):
+def test_a_resumed_training_goes_on_with_the_weights(rng, tmp_path, units, steps):
     features = rng.normal(size=(5, 3)).astype("float32")
     head, resumed = (DropMaxHead(k, warmup_steps=4, name="head") for k in (4, units))
     models = [keras.Sequential([keras.Input((3,)), each]) for each in (head, resumed)]
