@@ -82,9 +82,10 @@ def calibrate(
 
     Raises:
         ValueError: If `model` is not a model with exactly one head and one output, or the output
-            is not log-probabilities; if the data are not as above; if there are no examples, or
-            all labels are the same class; if a log-probability, label or weight is not finite; or
-            if a label or weight is negative. The model is then unchanged.
+            is not log-probabilities; if the data are not as above; if there are no examples, all
+            labels are the same class, or the model makes no errors on them; if a
+            log-probability, label or weight is not finite; or if a label or weight is negative.
+            The model is then unchanged.
         tf.errors.InvalidArgumentError: If a sparse label is not in [0, T). The model is then
             unchanged.
 
@@ -106,10 +107,7 @@ def calibrate(
         )
     of_arrays = y is not None
     if sample_weight is not None and not of_arrays:
-        raise ValueError(
-            "If `x` has the labels, it has the weights too: batches (x, y, sample_weight). "
-            "Received: `sample_weight` without `y`"
-        )
+        raise ValueError("`x` has the labels, so it has the weights too. Received: `sample_weight`")
     if getattr(getattr(y, "dtype", None), "kind", None) in ("O", "S", "U"):
         raise ValueError(f"Expected labels that are numbers. Received: y.dtype={y.dtype}")
     with model.distribute_strategy.scope():
@@ -125,6 +123,11 @@ def calibrate(
         raise ValueError(
             "Expected a model that returns log-probabilities, of which `exp` sums to 1. "
             f"Received: sums from {sums.min():.4g} to {sums.max():.4g}"
+        )
+    if temperature < 1.001 / MAX_TEMPERATURE:
+        raise ValueError(
+            "Expected more data. The model makes no errors on these, or almost none, so the best "
+            f"temperature is 0. Received: {len(log_p)} examples"
         )
     set_predict_temperature(model, temperature)
     return temperature
@@ -208,12 +211,9 @@ def _fitted(log_p, dense, weights, present=1.0):
                 f"Expected finite log-probabilities, and finite labels and weights >= 0. "
                 f"Received: {what} from {values.min()} to {values.max()}"
             )
-    seen = np.flatnonzero(np.tensordot(weights, dense, weights.ndim))
+    seen = np.flatnonzero(np.tensordot(weights, dense, weights.ndim)).tolist()
     if len(seen) < 2:
-        raise ValueError(
-            "Expected labels of two classes or more with a positive weight. "
-            f"Received: labels of the classes {seen.tolist()}"
-        )
+        raise ValueError(f"Expected two classes or more with a positive weight. Received: {seen}")
     target = np.sum(weights * np.sum(dense * log_p, axis=-1))
     mass = weights * dense.sum(axis=-1)
 

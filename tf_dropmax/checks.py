@@ -21,9 +21,9 @@ def check_boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_positive_int(name: str, value: Any) -> int:
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+def check_positive_int(name: str, value: Any, least: int = 1) -> int:
+    if not _is_int(value) or value < least:
+        raise ValueError(f"`{name}` must be an int of {least} or more. Received: {name}={value!r}")
     return int(value)
 
 

@@ -185,7 +185,8 @@ def bad_data(x, y):
         "strings": ((x, y.astype(str)), "labels that are numbers"),
         "weights beside a data set": ((Batches(x, y), None, ones), "has the weights too"),
         "weights": ((x, y, ones[:, None] * np.ones(3)), "shape"),
-        "one class": ((x, 0 * y), r"two classes or more.*classes \[0\]"),
+        "one class": ((x, 0 * y), r"two classes or more.*Received: \[0\]"),
+        "no errors": ((x, classifier()(x).numpy().argmax(1)), "no errors.*Received: 300 examples"),
         "out of range": ((x, y + 1), "whole numbers"),
         "half": ((x, y + 0.5), "whole numbers"),
     }

@@ -57,7 +57,7 @@ class DropMaxHead(PredictingLayer):
     `TimeDistributed` would add the entropy term once per step.
 
     Args:
-        units: Positive int, the number of classes T.
+        units: Int of 2 or more, the number of classes T.
         posterior: `"prior"` or `"label"`, the distribution of the training masks. `"prior"` are the
             retain probabilities (9), as in the ICLR 2018 submission. `"label"` is the posterior of
             the NeurIPS 2018 paper: an auxiliary classifier on the same features learns to predict
@@ -163,7 +163,7 @@ class DropMaxHead(PredictingLayer):
         check_boolean("stochastic", stochastic)
         check_one_of("posterior", posterior, POSTERIORS)
         variant = self._make_variant(retain_probability, stochastic, posterior)
-        units, seed = check_positive_int("units", units), check_optional_int("seed", seed)
+        units, seed = check_positive_int("units", units, 2), check_optional_int("seed", seed)
         super().__init__(
             predict_mode, predict_samples, units, variant.branches, seed, retain, **kwargs
         )

@@ -107,5 +107,5 @@ def test_of_a_head(kwargs, rng):
 
 
 def test_no_samples_are_refused():
-    with pytest.raises(ValueError, match="`samples` must be a positive int"):
+    with pytest.raises(ValueError, match="`samples` must be an int of 1 or more"):
         DropMaxHead(4).uncertainty(np.ones((2, 6), "float32"), 0)

@@ -64,7 +64,7 @@ def test_arguments_of_dense_reach_the_branches():
 @pytest.mark.parametrize(
     "arguments",
     [
-        *({"units": value} for value in (0, -1, 2.0, "3", None, True)),
+        *({"units": value} for value in (0, -1, 1, 2.0, "3", None, True)),
         *({"retain_probability": v} for v in (0, 1, 0.0, 1.0, -0.1, 1.5, np.nan, "0.5", True)),
         *({"temperature": value} for value in (0, 1e-7, -0.1, np.nan, np.inf, "0.1", None)),
         *({"entropy_weight": value} for value in (-1e-9, 1e8, np.nan, np.inf, "1", [1.0])),

@@ -193,9 +193,7 @@ def test_the_weights_rise_in_the_first_steps(variant, jit_compile):
 def test_label_keeps_the_masks_of_many_classes(rng):
     """With a warm-up, the mean retain probability falls to 0.001."""
     labels = np.arange(1000) % 200
-    x = (rng.uniform(size=(200, 200))[labels] + 0.3 * rng.normal(size=(1000, 200))).astype(
-        "float32"
-    )
+    x = rng.uniform(size=(200, 200))[labels] + 0.3 * rng.normal(size=(1000, 200))
     features = keras.Sequential([keras.Input((200,)), keras.layers.Dense(500, "relu")])
     head = DropMaxHead(200, posterior="label", seed=0)
     assert (head.warmup_steps, DropMaxHead(200).warmup_steps) == (0, 100)
