@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dropmax import DropMaxHead, functional
-from tf_dropmax.head.variants import Label, TrainingStep, Variant
+from tf_dropmax.head.variants import Label, Prior, TrainingStep, Variant
 
 
 class AblatedHead(DropMaxHead):
@@ -17,7 +17,7 @@ class AblatedHead(DropMaxHead):
     auxiliary classifier.
 
     Args:
-        units: Positive int, the number of classes T.
+        units: Int of 2 or more, the number of classes T.
         masks: Bool. `False` replaces the masks of the non-targets by their means. Defaults to
             `True`.
         kl: Bool. `False` removes the KL divergence: (10), which is `-log rho_y`, and with
@@ -45,45 +45,30 @@ class AblatedHead(DropMaxHead):
     ) -> Variant:
         if self.beside_softmax:
             return EntropyBesideSoftmax()
+        variant: Variant = Prior() if self.masks else PriorOfMeans()
         if posterior == "label":
-            return PartialLabel(self.masks, self.kl)
-        return PartialPrior(self.masks, self.kl)
+            variant = Label(stochastic=self.masks)
+        return variant if self.kl else WithoutDivergence(variant)
 
 
-class PartialPrior(Variant):
-    """The objective (15) with or without drawn masks and the KL divergence.
-
-    Args:
-        masks, kl: As for `AblatedHead`.
-    """
-
-    branches = ("retain",)
-
-    def __init__(self, masks: bool, kl: bool):
-        self.masks, self.kl = masks, kl
+class PriorOfMeans(Prior):
+    """The objective (15) with the means of the masks."""
 
     def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
-        masks = retain_logits = step.branch("retain")
-        if self.masks:
-            masks = functional.relaxed_mask_logits(masks, step.uniform(), step.temperature)
-        weights = step.entropy_weight, step.kl_weight * float(self.kl)
-        return functional.prior_scores_and_entropy(step.logits, retain_logits, masks, *weights)
+        means = step.branch("retain")
+        weights = step.entropy_weight, step.kl_weight
+        return functional.prior_scores_and_entropy(step.logits, means, means, *weights)
 
 
-class PartialLabel(Label):
-    """The objective of the label posterior with or without drawn masks and the KL divergence.
+class WithoutDivergence(Variant):
+    """Another variant without its KL divergences."""
 
-    Args:
-        masks, kl: As for `AblatedHead`.
-    """
+    def __init__(self, variant: Variant):
+        self.variant, self.branches = variant, variant.branches
+        self.warmup_steps = variant.warmup_steps
 
-    def __init__(self, masks: bool, kl: bool):
-        super().__init__(stochastic=masks)
-        self.kl = kl
-
-    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor]:
-        step = step._replace(kl_weight=step.kl_weight * float(self.kl))
-        return super().scores_and_entropy(step)
+    def scores_and_entropy(self, step: TrainingStep) -> tuple[tf.Tensor, tf.Tensor | None]:
+        return self.variant.scores_and_entropy(step._replace(kl_weight=0 * step.kl_weight))
 
 
 class EntropyBesideSoftmax(Variant):

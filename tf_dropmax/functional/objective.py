@@ -218,9 +218,9 @@ def label_scores_and_entropy(
     the KL divergence of the posterior from the prior. The divergence is `-log rho_y` for the target
     plus `KL(q_t || rho_t)`, of two Bernoulli variables, for the others. The third is
     `auxiliary_weight` times the loss of the auxiliary classifier `s`, which is
-    `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is a sum
-    over all classes. It uses the retain probabilities of the prior, and does not depend on the
-    label, so it is not part of the score.
+    `-log s_y - sum_{t != y} log(1 - s_t)`. The entropy regulariser is a sum over all classes. It
+    uses the retain probabilities of the prior, and does not depend on the label, so it is not part
+    of the score.
 
     Args:
         logits: Float tensor, shape `(..., T)`.

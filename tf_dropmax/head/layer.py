@@ -163,7 +163,7 @@ class DropMaxHead(PredictingLayer):
         check_boolean("stochastic", stochastic)
         check_one_of("posterior", posterior, POSTERIORS)
         variant = self._make_variant(retain_probability, stochastic, posterior)
-        units, seed = check_positive_int("units", units, 2), check_optional_int("seed", seed)
+        units, seed = check_positive_int("units", units, least=2), check_optional_int("seed", seed)
         super().__init__(
             predict_mode, predict_samples, units, variant.branches, seed, retain, **kwargs
         )
