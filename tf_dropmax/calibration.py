@@ -213,7 +213,7 @@ def _fitted(log_p, dense, weights, present=1.0):
             )
     seen = np.flatnonzero(np.tensordot(weights, dense, weights.ndim)).tolist()
     if len(seen) < 2:
-        raise ValueError(f"Expected two classes or more with a positive weight. Received: {seen}")
+        raise ValueError(f"Expected positive weights of 2 classes or more. Received: labels {seen}")
     target = np.sum(weights * np.sum(dense * log_p, axis=-1))
     mass = weights * dense.sum(axis=-1)
 

@@ -176,7 +176,7 @@ def bad_data(x, y):
     return {
         "features": ((broken, y), "Expected finite log-probabilities"),
         "infinite weight": ((x, y, np.where(ones == 1, np.inf, 0)), "finite labels and weights"),
-        "no weight": ((x, y, 0 * ones), "a positive weight"),
+        "no weight": ((x, y, 0 * ones), "positive weights"),
         "negative": ((x, y, np.where(np.arange(300) == 3, -1.0, 1.0)), "labels and weights >= 0"),
         "nan": ((x, np.where(np.arange(4) == y[:, None], np.nan, 0.0)), "Expected finite"),
         "no labels": ((x,), "Expected labels: `y`, or batches"),
@@ -185,7 +185,7 @@ def bad_data(x, y):
         "strings": ((x, y.astype(str)), "labels that are numbers"),
         "weights beside a data set": ((Batches(x, y), None, ones), "has the weights too"),
         "weights": ((x, y, ones[:, None] * np.ones(3)), "shape"),
-        "one class": ((x, 0 * y), r"two classes or more.*Received: \[0\]"),
+        "one class": ((x, 0 * y), r"2 classes or more.*Received: labels \[0\]"),
         "no errors": ((x, classifier()(x).numpy().argmax(1)), "no errors.*Received: 300 examples"),
         "out of range": ((x, y + 1), "whole numbers"),
         "half": ((x, y + 0.5), "whole numbers"),

@@ -253,7 +253,7 @@ def label_scores_and_entropy(
 
 
 @traced_once
-def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight, kl_weight):
+def _label(logits, retain_logits, auxiliary_logits, mask_logits, auxiliary_weight, kl_weight):
     r, a = retain_logits, auxiliary_logits
     log_likelihood, likelihood_gradient = _likelihood(logits, mask_logits)
     retain, posterior = _Mask.of(r), _Mask.of(r + a)
@@ -266,9 +266,10 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight, kl_weig
     # The target has `log rho` and `log s` where the other classes have minus their divergence and
     # `log(1 - s)`. The difference of the last two is `a`.
     log_retain = tf.minimum(r, 0) + retain.log_larger
-    target = log_likelihood + kl_weight * (log_retain + divergence) + weight * a
+    target = log_likelihood + kl_weight * (log_retain + divergence) + auxiliary_weight * a
     log_not = _Mask.of(a).log_larger - tf.maximum(a, 0)
-    others = tf.reduce_sum(weight * log_not - kl_weight * divergence, axis=-1, keepdims=True)
+    other = auxiliary_weight * log_not - kl_weight * divergence
+    others = tf.reduce_sum(other, axis=-1, keepdims=True)
 
     def gradient(by_scores, by_entropy):
         by_logits, by_masks = likelihood_gradient(by_scores)
@@ -279,7 +280,7 @@ def _label(logits, retain_logits, auxiliary_logits, mask_logits, weight, kl_weig
         by_divergence = kl_weight * (by_scores - total)
         by_retain = by_divergence * drop + (kl_weight * total) * retain_drop
         by_retain -= by_entropy[..., tf.newaxis] * _scaled_slope(r, retain_drop)
-        by_auxiliary = weight * by_scores - (weight * total) * tf.sigmoid(a)
+        by_auxiliary = auxiliary_weight * by_scores - (auxiliary_weight * total) * tf.sigmoid(a)
         by_auxiliary += by_divergence * _scaled_slope(shift, drop)
         return by_logits, by_retain, by_auxiliary, by_masks, None, None
 
