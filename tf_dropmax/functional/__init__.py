@@ -17,7 +17,6 @@ The functions do not check their arguments. Shapes that do not fit raise TensorF
 from tf_dropmax.functional.masks import (
     bernoulli_mask_logits,
     relaxed_mask_logits,
-    relaxed_masks,
     uniform_draws,
 )
 from tf_dropmax.functional.objective import (
@@ -45,7 +44,6 @@ __all__ = [
     "posterior_logits",
     "prior_scores_and_entropy",
     "relaxed_mask_logits",
-    "relaxed_masks",
     "sampled_log_probabilities",
     "softmax_log_probabilities",
     "target_log_likelihood",

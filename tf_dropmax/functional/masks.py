@@ -80,30 +80,6 @@ def relaxed_mask_logits(
     return (retain_logits + noise) * (1 / temperature)
 
 
-def relaxed_masks(
-    retain_logits: Any, uniform: Any, temperature: float | tf.Tensor = 0.1
-) -> tf.Tensor:
-    """Relaxed Bernoulli (Concrete) masks, eq. (6).
-
-    They have the distribution of `tfd.RelaxedBernoulli(temperature, logits=retain_logits)`.
-
-    Args:
-        retain_logits: Float tensor, shape `(..., T)`.
-        uniform: Float tensor, shape `(..., T)`, draws from the open interval (0, 1).
-        temperature: Positive float or scalar tensor. Defaults to 0.1.
-
-    Returns:
-        Masks in [0, 1], shape `(..., T)`.
-
-    Example:
-
-    >>> z = tf_dropmax.functional.relaxed_masks([0.0, 100.0], uniform=[0.5, 0.5])
-    >>> z.numpy().tolist()
-    [0.5, 1.0]
-    """
-    return tf.sigmoid(relaxed_mask_logits(retain_logits, uniform, temperature))
-
-
 def bernoulli_mask_logits(retain_probability: Any, uniform: Any) -> tf.Tensor:
     """Logits of hard Bernoulli masks, for random DropMax.
 

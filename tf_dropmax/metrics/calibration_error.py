@@ -8,14 +8,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dropmax.checks import check_one_of, check_positive_int
+from tf_dropmax.checks import check_positive_int
 from tf_dropmax.keras_internals import get_mask, less_is_better
 from tf_dropmax.labels import at_label, joint_weights
 from tf_dropmax.metrics.probabilities import to_probabilities
-
-# For bins of equal weight: cells of equal width in the log-odds of the confidence, from -16 to 16,
-# where float32 ends.
-_CELLS = 2048
 
 
 class Reliability(NamedTuple):
@@ -40,22 +36,14 @@ class Reliability(NamedTuple):
 class ExpectedCalibrationError(keras.metrics.Metric):
     """Expected calibration error: mean of `|confidence - accuracy|` over bins of the confidence.
 
-    The confidence is the largest probability. Every bin counts with the weight of its examples.
-
-    With `binning="width"` bin b holds the confidences in `[b, b + 1) / bins`, and the last bin
-    also holds 1.
-
-    With `binning="mass"` every bin holds the same weight. The ends of the bins are then known only
-    after the last batch, so the metric keeps a histogram. It has 2048 cells, of width 1/64 in the
-    log-odds of the confidence. A cell in which a bin ends is divided in proportion. Each of the
-    `bins - 1` ends changes the result by at most 0.51 times the share of the examples in that cell.
+    The confidence is the largest probability. Bin b holds the confidences in `[b, b + 1) / bins`,
+    and the last bin also holds 1. Every bin counts with the weight of its examples.
 
     The result does not depend on the batch size. With a `DropMaxHead`, use only the validation
     values. In training the head returns scores, not log-probabilities.
 
     Args:
         bins: Positive int. Defaults to 15.
-        binning: `"width"` or `"mass"`. Defaults to `"width"`.
         from_logits: Bool. `True`: `y_pred` are log-probabilities or any logits. `False`: they are
             probabilities. Defaults to `True`.
         name: String. Defaults to `"expected_calibration_error"`.
@@ -81,19 +69,16 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     def __init__(
         self,
         bins: int = 15,
-        binning: str = "width",
         from_logits: bool = True,
         name: str = "expected_calibration_error",
         dtype: Any = None,
     ):
         super().__init__(name=name, dtype=dtype)
         self.bins = check_positive_int("bins", bins)
-        self.binning = check_one_of("binning", binning, ("width", "mass"))
         self.from_logits = from_logits
-        # For each cell the sums of weight, weight * confidence and weight * accuracy. In float64
-        # the order of the batches does not change the result by rounding.
-        self._cells = self.bins if binning == "width" else _CELLS
-        self._sums = self.add_variable((self._cells, 3), "zeros", dtype="float64", name="sums")
+        # For each bin the sums of weight, weight * confidence and weight * accuracy. In float64 the
+        # order of the batches does not change the result by rounding.
+        self._sums = self.add_variable((self.bins, 3), "zeros", dtype="float64", name="sums")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Adds a batch.
@@ -110,19 +95,13 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         right = at_label(y_true, predicted, name=type(self).__name__)
         weight = joint_weights(confidence, sample_weight, get_mask(y_pred))
         parts = tf.stack([weight, weight * confidence, weight * right], axis=-1)
-        cells = self._cell(confidence)
-        self._sums.assign_add(tf.math.unsorted_segment_sum(parts, cells, self._cells))
-
-    def _cell(self, position):
-        if self.binning == "mass":
-            inner = tf.clip_by_value(position, 1e-7, 1 - 1e-7)  # Log-odds beyond -16 and 16.
-            position = (tf.math.log(inner) - tf.math.log1p(-inner)) / 32 + 0.5
-        # Rounding may lift a confidence above 1. A NaN gets into a cell, and the result is NaN.
-        return tf.clip_by_value(tf.cast(position * self._cells, tf.int32), 0, self._cells - 1)
+        # Rounding may lift a confidence above 1. A NaN gets into a bin, and the result is NaN.
+        bins = tf.clip_by_value(tf.cast(confidence * self.bins, tf.int32), 0, self.bins - 1)
+        self._sums.assign_add(tf.math.unsorted_segment_sum(parts, bins, self.bins))
 
     def result(self) -> tf.Tensor:
         """The calibration error of all batches, a scalar tensor; 0 before the first batch."""
-        weight, confidence, right = tf.unstack(self._bin_sums(), axis=-1)
+        weight, confidence, right = tf.unstack(tf.convert_to_tensor(self._sums), axis=-1)
         gap = tf.reduce_sum(tf.abs(confidence - right))
         return tf.cast(tf.math.divide_no_nan(gap, tf.reduce_sum(weight)), self.dtype)
 
@@ -144,22 +123,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         >>> weight.tolist(), confidence.tolist(), accuracy.tolist()
         ([0.0, 2.0], [nan, 0.75], [nan, 0.5])
         """
-        weight, confidence, right = self._bin_sums().numpy().T
+        weight, confidence, right = self._sums.numpy().T
         with np.errstate(invalid="ignore"):
             return Reliability(weight, confidence / weight, right / weight)
 
-    def _bin_sums(self):
-        """For each bin the sums of weight, weight * confidence and weight * accuracy."""
-        sums = tf.convert_to_tensor(self._sums)
-        if self.binning == "width":
-            return sums
-        weight = sums[:, 0]
-        ends = tf.reduce_sum(weight) * np.linspace(0, 1, self.bins + 1)[:, np.newaxis]
-        # The part of each cell that is below each end, shape (bins + 1, cells).
-        below = tf.math.divide_no_nan(ends - tf.cumsum(weight, exclusive=True), weight)
-        below = tf.clip_by_value(below, 0, 1)
-        return tf.matmul(below[1:] - below[:-1], sums)
-
     def get_config(self) -> dict[str, Any]:
-        config = {"bins": self.bins, "binning": self.binning, "from_logits": self.from_logits}
-        return {**super().get_config(), **config}
+        return {**super().get_config(), "bins": self.bins, "from_logits": self.from_logits}

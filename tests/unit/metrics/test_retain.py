@@ -46,7 +46,6 @@ def test_one_class_has_no_others():
 
 def metrics_of_outputs():
     of_classes = [metric(name) for name in PROBABILITY_METRICS]
-    of_classes.append(metric("ExpectedCalibrationError", binning="mass", name="mass"))
     return {"classes": of_classes, "retain": [metric(name) for name in RETAIN_METRICS]}
 
 
