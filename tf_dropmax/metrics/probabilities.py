@@ -9,8 +9,8 @@ import keras
 import tensorflow as tf
 
 from tf_dropmax.functional.numerics import tiny, to_float
-from tf_dropmax.keras_internals import less_is_better
-from tf_dropmax.labels import at_label, checked
+from tf_dropmax.keras_internals import get_mask, less_is_better
+from tf_dropmax.labels import at_label, checked, joint_weights
 
 _TOLERANCE = 1e-3  # Rounding, also in bfloat16, may lift a probability above 1.
 
@@ -21,6 +21,12 @@ class LabelMean(keras.metrics.MeanMetricWrapper):
     def __init__(self, function: Callable, name: str, dtype: Any, **settings: Any):
         super().__init__(function, name, dtype, **settings)
         self._settings = settings
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        # `MeanMetricWrapper` cannot combine weights of shape `(batch,)` with a mask of positions.
+        values = self._fn(y_true, y_pred, **self._settings)
+        weight = joint_weights(values, sample_weight, get_mask(y_pred))
+        keras.metrics.Mean.update_state(self, values, weight)
 
     def get_config(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, **self._settings}
