@@ -273,7 +273,7 @@ class Around(keras.Model):
         return self.inner(data, training=False)
 
     def test_step(self, data):
-        return {"mean": tf.reduce_mean(self.inner(data[0], training=False)[:, 0])}
+        return {"mean": tf.reduce_mean(self.predict_step(data[0])[:, 0])}
 
 
 def test_steps_of_the_users_own_follow(x):
@@ -321,6 +321,21 @@ def test_a_head_that_keras_does_not_track_follows(x):
             with predict_mode(head, "softmax"):
                 found = model.predict(x, verbose=0)
             np.testing.assert_allclose(found, expected["softmax"], atol=1e-5)
+
+
+def test_a_callback_that_predicts_does_not_change_the_training(x, monkeypatch):
+    """It uses another model with the same head."""
+    model = classifier({})
+    part, traces, counts = keras.Sequential(model.layers), count_traces(model, monkeypatch), []
+
+    def predict(epoch, logs):
+        with predict_mode(part, "exact"):
+            part.predict(x, verbose=0)
+        counts.append(len(traces))
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=predict)
+    model.fit(x, np.zeros(40), epochs=3, verbose=0, callbacks=[callback])
+    assert counts == 3 * counts[:1]
 
 
 def living_graphs():

@@ -13,10 +13,10 @@ from typing import Any
 
 import keras
 
-# The methods of a model that run its compiled functions, or a step of theirs.
-_KINDS = {"fit": "train", "evaluate": "test", "predict": "predict"}
-_KINDS |= {f"{kind}_step": kind for kind in ("train", "test", "predict")}
-_KINDS |= {f"{kind}_on_batch": kind for kind in ("train", "test", "predict")}
+# The methods of a model that call its compiled functions, and the steps in these functions.
+_CALLS = {"fit": "train", "evaluate": "test", "predict": "predict"}
+_CALLS |= {f"{kind}_on_batch": kind for kind in ("train", "test", "predict")}
+_STEPS = {f"{kind}_step": kind for kind in ("train", "test", "predict")}
 _KEPT = 8  # Functions kept for each model and kind. The oldest is dropped first.
 
 
@@ -26,14 +26,13 @@ def running_models() -> Iterator[tuple[keras.Model, str]]:
     A head that is being traced finds the models whose functions will keep the trace, however they
     call the head. The methods are found on the stack. The innermost comes first.
     """
-    found: list[keras.Model] = []
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name in _KINDS:
-            model = frame.f_locals.get("self")
-            if isinstance(model, keras.Model) and all(model is not other for other in found):
-                found.append(model)
-                yield model, _KINDS[frame.f_code.co_name]
+        name, model = frame.f_code.co_name, frame.f_locals.get("self")
+        if isinstance(model, keras.Model) and (kind := (_CALLS | _STEPS).get(name)):
+            yield model, kind
+            if name in _CALLS:
+                return  # A callback of another call may have made this one.
         frame = frame.f_back
 
 
