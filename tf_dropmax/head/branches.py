@@ -32,7 +32,8 @@ class BranchedLayer(keras.layers.Layer):
         names: The names of the branches besides `"classes"`.
         seed: `None` or int, for initializers that have no seed of their own.
         retain: `None` or a dictionary of arguments of `Dense` for these branches.
-        **kwargs: Arguments of `Dense` for the branch `"classes"`, and of `Layer`.
+        **kwargs: Arguments of `Dense` for the branch `"classes"`, and of `Layer`; and `branches`,
+            from `get_config`, the arguments of every branch. The other arguments prevail.
     """
 
     def __init__(
@@ -43,23 +44,26 @@ class BranchedLayer(keras.layers.Layer):
         retain: dict[str, Any] | None,
         **kwargs: Any,
     ):
+        saved = kwargs.pop("branches", {})
         of_dense = {name: kwargs.pop(name) for name in _DENSE_ARGUMENTS & set(kwargs)}
         policy = keras.dtype_policies.get(kwargs.pop("dtype", None))
         if not isinstance(policy, keras.dtype_policies.DTypePolicyMap):
             # The branches are quantized, not the layer around them.
             kwargs["dtype"] = policy.name.rpartition("_from_")[2]
         super().__init__(**{"dtype": policy, **kwargs})
-        classes = {"kernel_initializer": "glorot_uniform", "dtype": policy, **of_dense}
+        start = {"kernel_initializer": "glorot_uniform", "dtype": policy}
+        classes = start | saved.get("classes", {}) | of_dense
         shared = {name: classes[name] for name in ("use_bias", "dtype") if name in classes}
         retain = retain or {}
         known = sorted(_DENSE_ARGUMENTS | {"dtype", "trainable"})
         if unknown := sorted(set(retain) - set(known)):
             raise ValueError(f"`retain` must have keys out of {known}. Received: {unknown}")
-        others = {"kernel_initializer": "zeros"} | shared | retain
+        others = {"kernel_initializer": "zeros"} | shared
+        arguments = {name: others | saved.get(name, {}) | retain for name in names}
         self.units, self.seed = units, seed
         self.branches = {
-            name: _dense(name, units, seed, classes if name == "classes" else others)
-            for name in ("classes", *names)
+            name: _dense(name, units, seed, given)
+            for name, given in {"classes": classes, **arguments}.items()
         }
         if not kwargs.get("trainable", True):
             for branch in self.branches.values():
@@ -92,14 +96,12 @@ class BranchedLayer(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         # The branches know what `quantize` and `enable_lora` have changed.
-        retain = self.branches.get("retain")
-        return {
-            **super().get_config(),
-            "units": self.units,
-            "seed": self.seed,
-            **arguments_of(self.branches["classes"]),
-            "retain": retain and {**arguments_of(retain), "trainable": retain.trainable},
+        branches = {
+            name: {**arguments_of(branch), "trainable": branch.trainable}
+            for name, branch in self.branches.items()
         }
+        own = {"units": self.units, "seed": self.seed, "branches": branches}
+        return {**super().get_config(), **own}
 
 
 def _dense(name: str, units: int, seed: int | None, arguments: dict[str, Any]) -> Any:

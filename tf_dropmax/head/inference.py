@@ -75,7 +75,7 @@ class PredictingLayer(InspectedLayer):
         logits = self.branch("classes", features)
         if mode == "softmax":
             return functional.softmax_log_probabilities(logits, temperature)
-        retain_logits = self.retain_logits(features)
+        retain_logits = self._retain_logits(features)
         if mode == "expected":
             return functional.expected_log_probabilities(logits, retain_logits, temperature)
         if mode == "exact":

@@ -29,7 +29,7 @@ class InspectedLayer(BranchedLayer):
         # Keras tracks the generator. TensorFlow's checkpoints and SavedModels need the variable.
         self._predict_seed_state = self._predict_seeds.state.value
 
-    def retain_logits(self, features: Any) -> tf.Tensor:
+    def _retain_logits(self, features: Any) -> tf.Tensor:
         """Retain logits, shape `(batch, ..., units)`. They are constant in random DropMax."""
         if self.retain_probability is None:
             return self.branch("retain", features)
@@ -89,8 +89,8 @@ class InspectedLayer(BranchedLayer):
         """The distribution of the relaxed training masks, eq. (6).
 
         It has methods such as `log_prob` and `sample`. The head draws from the same distribution by
-        `functional.relaxed_masks`, because the gradient of `RelaxedBernoulli.sample` is NaN where
-        a mask is close to 0 or 1. This method imports `tensorflow_probability`.
+        `functional.relaxed_mask_logits`, because the gradient of `RelaxedBernoulli.sample` is NaN
+        where a mask is close to 0 or 1. This method imports `tensorflow_probability`.
 
         Args:
             features: Float tensor or array, shape `(batch, ..., d)`, an input of the head.

@@ -252,9 +252,9 @@ class DropMaxHead(PredictingLayer):
         if output == "logits":
             return self.branch("classes", inputs)
         if output == "retain_logits":
-            return self.retain_logits(inputs)
+            return self._retain_logits(inputs)
         if output == "retain_probabilities":
-            return tf.sigmoid(self.retain_logits(inputs))
+            return tf.sigmoid(self._retain_logits(inputs))
         return self._scores(inputs, mask) if training else self.log_probabilities(inputs)
 
     def _scores(self, features: Any, mask: Any) -> tf.Tensor:

@@ -125,31 +125,34 @@ def test_an_int8_policy(rng, tmp_path):
 
 def test_lora_trains_few_weights_and_survives_a_file(blobs, tmp_path):
     x, y = blobs
-    head = DropMaxHead(4, seed=1, retain=GLOROT)
+    head = DropMaxHead(4, seed=1, retain=GLOROT, posterior="label")
     model = keras.Sequential([keras.Input((6,)), head])
-    for branch in head.branches.values():
-        branch.enable_lora(2)
+    for name in ("classes", "retain"):
+        head.branches[name].enable_lora(2)
     model.compile(keras.optimizers.Adam(0.1), DropMaxLoss())
-    before = [branch._kernel.numpy() for branch in head.branches.values()]
+    before = [head.branches[name]._kernel.numpy() for name in ("classes", "retain")]
     model.fit(x, y, epochs=3, verbose=0)
-    after = [branch._kernel.numpy() for branch in head.branches.values()]
+    after = [head.branches[name]._kernel.numpy() for name in ("classes", "retain")]
     np.testing.assert_array_equal(after, before)  # The product of two small kernels is trained.
     assert model.evaluate(x, y, verbose=0) < np.log(4)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    assert [branch.lora_enabled for branch in loaded.layers[-1].branches.values()] == [1, 1, 0]
 
 
-def test_frozen_heads_and_branches_stay_frozen(tmp_path):
-    frozen, partly = DropMaxHead(4, trainable=False), DropMaxHead(4)
-    partly.branches["retain"].trainable = False
-    for head, count in ((frozen, 0), (partly, 2)):
-        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6), head])
-        model.save(tmp_path / "model.keras")
-        loaded = keras.saving.load_model(tmp_path / "model.keras")
-        for each in (model, loaded, keras.models.clone_model(model)):
-            assert len(each.layers[-1].trainable_weights) == count
-            assert len(each.trainable_weights) == 2 + count
+@pytest.mark.parametrize("frozen", ["head", "classes", "retain", "auxiliary"])
+def test_frozen_heads_and_branches_stay_frozen(frozen, tmp_path):
+    head = DropMaxHead(4, posterior="label", trainable=frozen != "head")
+    if frozen != "head":
+        head.branches[frozen].trainable = False
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6), head])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, loaded, keras.models.clone_model(model)):
+        trainable = {name: len(b.trainable_weights) for name, b in each.layers[-1].branches.items()}
+        assert trainable == {name: 0 if frozen in ("head", name) else 2 for name in trainable}
+        assert len(each.trainable_weights) == 2 + sum(trainable.values())
 
 
 def test_a_map_of_dtype_policies():
