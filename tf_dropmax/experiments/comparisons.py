@@ -94,7 +94,7 @@ TASKS = {
     "lenet-dropout-1k": ("mnist-1k", "released-dropout", 2000, 5),
     "lenet-5k": ("mnist-5k", "released", 2000, 5),
     "cnn-1k": ("mnist-1k", "cnn", 800, 5),  # 25 epochs
-    "resnet-cifar-5k": ("cifar-10-5k", "small-resnet", 4000, 3),
+    "resnet-cifar-5k": ("cifar-10-5k", "small-resnet", 1000, 3),
     "omniglot-242": ("omniglot-242", "released", 4440, 5),
     "omniglot-968": ("omniglot-968", "released", 4380, 3),
     "digits": ("digits", "small", 2400, 5),

@@ -76,7 +76,7 @@ COLUMNS = {
     "omniglot-968": Column("omniglot968", 968, 15, 12, 2904, 8760),
     "cifar-10": Column("cifar10", 10, None, None, 5000, 64_000),
     "cifar-100": Column("cifar100", 100, None, None, 5000, 64_000),
-    "cifar-10-5k": Column("cifar10_jpeg", 10, 500, 500, 5000, 4000),
+    "cifar-10-5k": Column("cifar10_jpeg", 10, 500, 500, 5000, 1000),
     "digits": Column("digits", 10, 30, 30, 300, 600),
     "banking77-5": Column("banking77", 77, 5, 5, 2000, 1000),
     "banking77-10": Column("banking77", 77, 10, 10, 2000, 1000),
