@@ -147,8 +147,8 @@ def test_a_class_of_another_package_is_not_run(tmp_path, monkeypatch):
             content = source.read(name)
             if name == "config.json":
                 config = json.loads(content)
-                branches = config["config"]["layers"][-1]["config"]["branches"]
-                branches["retain"]["kernel_initializer"].update(
+                head = config["config"]["layers"][-1]["config"]
+                head["retain"]["kernel_initializer"].update(
                     module="strange_package", class_name="Strange", registered_name=None
                 )
                 content = json.dumps(config).encode()

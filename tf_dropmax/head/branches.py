@@ -33,7 +33,7 @@ class BranchedLayer(keras.layers.Layer):
         seed: `None` or int, for initializers that have no seed of their own.
         retain: `None` or a dictionary of arguments of `Dense` for these branches.
         **kwargs: Arguments of `Dense` for the branch `"classes"`, and of `Layer`; and `branches`,
-            from `get_config`, the arguments of every branch. The other arguments prevail.
+            from `get_config`, arguments of single branches.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class BranchedLayer(keras.layers.Layer):
             # The branches are quantized, not the layer around them.
             kwargs["dtype"] = policy.name.rpartition("_from_")[2]
         super().__init__(**{"dtype": policy, **kwargs})
-        start = {"kernel_initializer": "glorot_uniform", "dtype": policy}
-        classes = start | saved.get("classes", {}) | of_dense
+        classes = {"kernel_initializer": "glorot_uniform", "dtype": policy, **of_dense}
+        classes |= saved.get("classes", {})
         shared = {name: classes[name] for name in ("use_bias", "dtype") if name in classes}
         retain = retain or {}
         known = sorted(_DENSE_ARGUMENTS | {"dtype", "trainable"})
         if unknown := sorted(set(retain) - set(known)):
             raise ValueError(f"`retain` must have keys out of {known}. Received: {unknown}")
         others = {"kernel_initializer": "zeros"} | shared
-        arguments = {name: others | saved.get(name, {}) | retain for name in names}
+        arguments = {name: others | saved.get(name, retain) for name in names}
         self.units, self.seed = units, seed
         self.branches = {
             name: _dense(name, units, seed, given)
@@ -96,12 +96,15 @@ class BranchedLayer(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         # The branches know what `quantize` and `enable_lora` have changed.
+        # If the head is frozen, all are, so that a config with `trainable=True` trains them again.
         branches = {
-            name: {**arguments_of(branch), "trainable": branch.trainable}
+            name: {**arguments_of(branch), "trainable": branch.trainable or not self.trainable}
             for name, branch in self.branches.items()
         }
-        own = {"units": self.units, "seed": self.seed, "branches": branches}
-        return {**super().get_config(), **own}
+        classes, retain = branches.pop("classes"), branches.pop("retain", None)
+        branches["classes"] = {"trainable": classes.pop("trainable")}
+        own = {"units": self.units, "seed": self.seed, "retain": retain, "branches": branches}
+        return {**super().get_config(), **classes, **own}
 
 
 def _dense(name: str, units: int, seed: int | None, arguments: dict[str, Any]) -> Any:

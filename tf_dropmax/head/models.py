@@ -13,10 +13,10 @@ from typing import Any
 
 import keras
 
-# The methods of a model that call its compiled functions, and the steps in these functions.
-_CALLS = {"fit": "train", "evaluate": "test", "predict": "predict"}
-_CALLS |= {f"{kind}_on_batch": kind for kind in ("train", "test", "predict")}
-_STEPS = {f"{kind}_step": kind for kind in ("train", "test", "predict")}
+# The methods of a model that run its compiled functions, or a step of theirs.
+_KINDS = {"fit": "train", "evaluate": "test", "predict": "predict"}
+_KINDS |= {f"{kind}_step": kind for kind in ("train", "test", "predict")}
+_KINDS |= {f"{kind}_on_batch": kind for kind in ("train", "test", "predict")}
 _KEPT = 8  # Functions kept for each model and kind. The oldest is dropped first.
 
 
@@ -24,15 +24,18 @@ def running_models() -> Iterator[tuple[keras.Model, str]]:
     """The models whose methods, such as `fit`, are running, and the kinds of their functions.
 
     A head that is being traced finds the models whose functions will keep the trace, however they
-    call the head. The methods are found on the stack. The innermost comes first.
+    call the head. The methods are found on the stack. The innermost comes first. A pair may come
+    more than once. The last is that of the method of Keras that called a compiled function.
     """
     frame = inspect.currentframe()
     while frame is not None:
-        name, model = frame.f_code.co_name, frame.f_locals.get("self")
-        if isinstance(model, keras.Model) and (kind := (_CALLS | _STEPS).get(name)):
-            yield model, kind
-            if name in _CALLS:
-                return  # A callback of another call may have made this one.
+        if kind := _KINDS.get(frame.f_code.co_name):
+            model = frame.f_locals.get("self")
+            if isinstance(model, keras.Model):
+                yield model, kind
+                of_keras = frame.f_globals["__name__"].startswith("keras.")
+                if of_keras and not frame.f_code.co_name.endswith("_step"):
+                    return  # Beyond is a callback of another call, if anything.
         frame = frame.f_back
 
 

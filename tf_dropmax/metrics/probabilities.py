@@ -15,18 +15,16 @@ from tf_dropmax.labels import at_label, checked, joint_weights
 _TOLERANCE = 1e-3  # Rounding, also in bfloat16, may lift a probability above 1.
 
 
-class LabelMean(keras.metrics.MeanMetricWrapper):
+class LabelMean(keras.metrics.Mean):
     """Mean of `function(y_true, y_pred, **settings)` over the examples."""
 
     def __init__(self, function: Callable, name: str, dtype: Any, **settings: Any):
-        super().__init__(function, name, dtype, **settings)
-        self._settings = settings
+        super().__init__(name, dtype)
+        self._function, self._settings = function, settings
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        # `MeanMetricWrapper` cannot combine weights of shape `(batch,)` with a mask of positions.
-        values = self._fn(y_true, y_pred, **self._settings)
-        weight = joint_weights(values, sample_weight, get_mask(y_pred))
-        keras.metrics.Mean.update_state(self, values, weight)
+        values = self._function(y_true, y_pred, **self._settings)
+        super().update_state(values, joint_weights(values, sample_weight, get_mask(y_pred)))
 
     def get_config(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, **self._settings}

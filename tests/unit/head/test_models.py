@@ -155,6 +155,19 @@ def test_frozen_heads_and_branches_stay_frozen(frozen, tmp_path):
         assert len(each.trainable_weights) == 2 + sum(trainable.values())
 
 
+def test_a_changed_config():
+    def again(head, **changes):
+        return DropMaxHead.from_config({**head.get_config(), **changes})
+
+    assert again(DropMaxHead(4), dtype="float64").branches["classes"].compute_dtype == "float64"
+    head = again(DropMaxHead(4, trainable=False), trainable=True, units=5)
+    assert all(branch.trainable and branch.units == 5 for branch in head.branches.values())
+    label = again(DropMaxHead(4, use_bias=False, retain=GLOROT), posterior="label")
+    assert not any(branch.use_bias for branch in label.branches.values())
+    initializer = label.branches["auxiliary"].kernel_initializer
+    assert isinstance(initializer, keras.initializers.GlorotUniform)
+
+
 def test_a_map_of_dtype_policies():
     policies = keras.dtype_policies.DTypePolicyMap(default_policy="mixed_bfloat16")
     head = DropMaxHead(3, dtype=policies)
