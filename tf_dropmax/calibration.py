@@ -82,10 +82,9 @@ def calibrate(
 
     Raises:
         ValueError: If `model` is not a model with exactly one head and one output, or the output
-            is not log-probabilities; if the data are not as above; if there are no examples, all
-            labels are the same class, or the model makes no errors on them; if a
-            log-probability, label or weight is not finite; or if a label or weight is negative.
-            The model is then unchanged.
+            is not log-probabilities; if the data are not as above; if all labels are the same
+            class, or the model makes no errors on them; if a log-probability, label or weight is
+            not finite; or if a label or weight is negative. The model is then unchanged.
         tf.errors.InvalidArgumentError: If a sparse label is not in [0, T). The model is then
             unchanged.
 
@@ -107,7 +106,7 @@ def calibrate(
         )
     of_arrays = y is not None
     if sample_weight is not None and not of_arrays:
-        raise ValueError("`x` has the labels, so it has the weights too. Received: `sample_weight`")
+        raise ValueError("Expected `sample_weight` beside arrays only: a data set yields its own")
     if getattr(getattr(y, "dtype", None), "kind", None) in ("O", "S", "U"):
         raise ValueError(f"Expected labels that are numbers. Received: y.dtype={y.dtype}")
     with model.distribute_strategy.scope():

@@ -67,12 +67,13 @@ class DropMaxMonitor(CopiedWithoutModel):
             self._evaluator.compile(run_eagerly=self.model.run_eagerly, jit_compile=False)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        values = self._evaluator.evaluate(
+        seen = self._evaluator.evaluate(
             self.x, self.y, self.batch_size, verbose=0, return_dict=True
         )
         if logs is not None:
-            # Before version 3.13, Keras returns tensors.
-            logs.update({name: float(value) for name, value in values.items()})
+            # What `evaluate` returns is the result of one replica.
+            means = keras.tree.flatten(self._evaluator.means)
+            logs.update({mean.name: float(mean.result()) for mean in means if mean.name in seen})
 
 
 class _Evaluator(keras.Model):
@@ -82,9 +83,11 @@ class _Evaluator(keras.Model):
         super().__init__()
         self.inner, self.heads = model, heads
         self.means = {
-            head.name: {name: keras.metrics.Mean(name=name) for name in _STATISTICS}
+            head.name: [keras.metrics.Mean(name=prefix + name) for name in _STATISTICS]
             for head in heads
+            for prefix in ["" if len(heads) == 1 else f"{head.name}_"]
         }
+        self.built = True  # It has no `call`, with which Keras would build it under a strategy.
 
     def test_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -105,10 +108,9 @@ class _Evaluator(keras.Model):
             entropy = tf.reduce_mean(functional.mask_entropy(retain_logits), axis=-1)
             values = (*retain_statistics(labels, tf.sigmoid(retain_logits)), entropy)
             weight = joint_weights(values[0], weights, mask)
-            prefix = "" if len(self.heads) == 1 else f"{head.name}_"
-            for (name, mean), value in zip(self.means[head.name].items(), values, strict=True):
+            for mean, value in zip(self.means[head.name], values, strict=True):
                 mean.update_state(value, weight)
-                logs[prefix + name] = mean.result()
+                logs[mean.name] = mean.result()
         if not logs:
             received = list(y) if isinstance(y, dict) else y
             raise ValueError(f"Expected labels of a head in `x` or `y`. Received: {received}")

@@ -220,7 +220,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["report", str(tmp_path / "absent.jsonl")]) == 1
-    assert "no final runs" in capsys.readouterr().err
+    assert "There is no file" in capsys.readouterr().err
     ablation = tmp_path / "ablation.jsonl"
     command = f"{digits} --output {ablation} --budget 1 --seeds 1 --methods".split()
     assert main([*command, "kl", "label-no-kl"]) == 0

@@ -6,7 +6,14 @@ import pytest
 import tensorflow as tf
 from models import DETERMINISTIC, mean_nll
 
-from tf_dropmax import DropMaxHead, DropMaxLoss, DropMaxPredict, set_predict_mode
+from tf_dropmax import (
+    DropMaxHead,
+    DropMaxLoss,
+    DropMaxMonitor,
+    DropMaxPredict,
+    calibrate,
+    set_predict_mode,
+)
 
 
 def build(**kwargs):
@@ -43,6 +50,25 @@ def test_the_gradient_is_that_of_one_device_on_the_joined_batch(strategy, blobs)
     np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], rtol=1e-5)
     for one, other in zip(model.get_weights(), single.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_monitor_and_calibrate_use_the_examples_of_all_replicas(strategy, blobs):
+    """The last batch is not full, so the replicas have different numbers of examples."""
+    x, y = blobs
+    with strategy.scope():
+        model = build(retain={"kernel_initializer": keras.initializers.RandomNormal(seed=3)})
+    single = build()
+    single.set_weights(model.get_weights())
+    found = []
+    for each in (model, single):
+        each.optimizer.learning_rate = 0.0
+        monitor = DropMaxMonitor(x[:67], y[:67], batch_size=16)
+        history = each.fit(x, y, epochs=2, callbacks=[monitor], verbose=0).history
+        names = [name for name in history if name not in ("loss", "accuracy")]
+        temperature = calibrate(each, x[:67], y[:67] // 2, batch_size=16)
+        found.append([temperature, *(value for name in names for value in history[name])])
+    assert len(found[0]) == 9
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 def test_a_replica_without_examples(strategy, blobs):

@@ -183,7 +183,7 @@ def bad_data(x, y):
         "batches without labels": ((Batches(x),), "Expected labels"),
         "number": ((x, y[:5]), "cardinality"),  # Keras's own message
         "strings": ((x, y.astype(str)), "labels that are numbers"),
-        "weights beside a data set": ((Batches(x, y), None, ones), "has the weights too"),
+        "weights beside a data set": ((Batches(x, y), None, ones), "beside arrays only"),
         "weights": ((x, y, ones[:, None] * np.ones(3)), "shape"),
         "one class": ((x, 0 * y), r"2 classes or more.*Received: labels \[0\]"),
         "no errors": ((x, classifier()(x).numpy().argmax(1)), "no errors.*Received: 300 examples"),

@@ -53,6 +53,9 @@ def show(records: Sequence[runner.Record], picture: Path | None = None) -> None:
 
 def read(files: Sequence[Path | str], picture: Path | str | None = None) -> None:
     """As `show`, for the records of results files."""
+    for file in files:
+        if not Path(file).exists():
+            raise UserError(f"There is no file {file}.")
     records = [record for file in files for record in runner.read(file).values()]
     show(records, None if picture is None else Path(picture))
 

@@ -54,10 +54,12 @@ class BranchedLayer(keras.layers.Layer):
         classes = {"kernel_initializer": "glorot_uniform", "dtype": policy, **of_dense}
         classes |= saved.get("classes", {})
         shared = {name: classes[name] for name in ("use_bias", "dtype") if name in classes}
-        retain = retain or {}
+        retain = {} if retain is None else retain
         known = sorted(_DENSE_ARGUMENTS | {"dtype", "trainable"})
-        if unknown := sorted(set(retain) - set(known)):
-            raise ValueError(f"`retain` must have keys out of {known}. Received: {unknown}")
+        if not isinstance(retain, dict) or not set(retain) <= set(known):
+            raise ValueError(
+                f"`retain` must be a dictionary with keys out of {known}. Received: {retain!r}"
+            )
         others = {"kernel_initializer": "zeros"} | shared
         arguments = {name: others | saved.get(name, retain) for name in names}
         self.units, self.seed = units, seed

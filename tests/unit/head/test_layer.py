@@ -56,8 +56,12 @@ def test_arguments_of_dense_reach_the_branches():
     bare = DropMaxHead(3, use_bias=False)
     bare.build((None, 2))
     assert [branch.bias for branch in bare.branches.values()] == [None, None]
-    for kwargs in ({"activation": "relu"}, {"retain": {"activation": "relu", "kernels": 1}}):
-        with pytest.raises((ValueError, TypeError), match=r"activation|`retain` .*kernels"):
+    for kwargs, match in (
+        ({"activation": "relu"}, "activation"),
+        ({"retain": {"activation": "relu", "kernels": 1}}, "`retain` .*kernels"),
+        ({"retain": "l2"}, "`retain` must be a dictionary .*Received: 'l2'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=match):
             DropMaxHead(3, **kwargs)
 
 
