@@ -82,9 +82,10 @@ def calibrate(
 
     Raises:
         ValueError: If `model` is not a model with exactly one head and one output, or the output
-            is not log-probabilities; if the data are not as above; if all labels are the same
-            class, or the model makes no errors on them; if a log-probability, label or weight is
-            not finite; or if a label or weight is negative. The model is then unchanged.
+            is not log-probabilities; if the data are not as above; if no example has a positive
+            weight, all labels are the same class, or the model makes no errors on them; if a
+            log-probability, label or weight is not finite; or if a label or weight is negative.
+            The model is then unchanged.
         tf.errors.InvalidArgumentError: If a sparse label is not in [0, T). The model is then
             unchanged.
 

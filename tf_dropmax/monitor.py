@@ -64,7 +64,7 @@ class DropMaxMonitor(CopiedWithoutModel):
         with self.model.distribute_strategy.scope():
             self._evaluator = _Evaluator(self.model, heads)
             # XLA has no assertions, and the model may not compile with it.
-            self._evaluator.compile(run_eagerly=self.model.run_eagerly, jit_compile=False)
+            self._evaluator.compile(None, run_eagerly=self.model.run_eagerly, jit_compile=False)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         seen = self._evaluator.evaluate(
@@ -80,14 +80,16 @@ class _Evaluator(keras.Model):
     """Evaluates the retain probabilities of the heads of a model. Keras adapts the data."""
 
     def __init__(self, model: keras.Model, heads: list[DropMaxHead]):
-        super().__init__()
+        super().__init__(name="evaluator")  # Keras's name would begin with an underscore.
         self.inner, self.heads = model, heads
         self.means = {
             head.name: [keras.metrics.Mean(name=prefix + name) for name in _STATISTICS]
             for head in heads
             for prefix in ["" if len(heads) == 1 else f"{head.name}_"]
         }
-        self.built = True  # It has no `call`, with which Keras would build it under a strategy.
+
+    def call(self, x: Any) -> Any:  # With it, Keras builds the model under a strategy.
+        return self.inner(x, training=False)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)

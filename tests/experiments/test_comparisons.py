@@ -219,8 +219,10 @@ def test_commands(tmp_path, capsys, monkeypatch):
         capsys.readouterr().out.partition("|")[2].split("picture")[0] == table.split("picture")[0]
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert main(["report", str(tmp_path / "absent.jsonl")]) == 1
-    assert "There is no file" in capsys.readouterr().err
+    for message in ("There is no file", "no final runs"):
+        assert main(["report", str(tmp_path / "empty.jsonl")]) == 1
+        assert message in capsys.readouterr().err
+        (tmp_path / "empty.jsonl").touch()
     ablation = tmp_path / "ablation.jsonl"
     command = f"{digits} --output {ablation} --budget 1 --seeds 1 --methods".split()
     assert main([*command, "kl", "label-no-kl"]) == 0

@@ -57,13 +57,14 @@ def test_the_monitor_and_calibrate_use_the_examples_of_all_replicas(strategy, bl
     x, y = blobs
     with strategy.scope():
         model = build(retain={"kernel_initializer": keras.initializers.RandomNormal(seed=3)})
+        model.unused = keras.layers.Dense(1)  # It is never built.
     single = build()
     single.set_weights(model.get_weights())
     found = []
     for each in (model, single):
         each.optimizer.learning_rate = 0.0
-        monitor = DropMaxMonitor(x[:67], y[:67], batch_size=16)
-        history = each.fit(x, y, epochs=2, callbacks=[monitor], verbose=0).history
+        monitors = [DropMaxMonitor(x[:67], y[:67], batch_size=16)]
+        history = each.fit(x, y, epochs=2, callbacks=monitors, verbose=0).history
         names = [name for name in history if name not in ("loss", "accuracy")]
         temperature = calibrate(each, x[:67], y[:67] // 2, batch_size=16)
         found.append([temperature, *(value for name in names for value in history[name])])
